@@ -1,0 +1,118 @@
+"""Configuration: frozen dataclasses, read from YAML and dotted flags by jsonargparse, checked once, written next to the results.
+
+``openrl-reason reinforce --config x.yaml --policy.lr 1e-6`` builds one frozen dataclass; later sources win. A field's docstring is its help text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from openrl_reason.errors import ConfigError, did_you_mean
+
+Config = TypeVar("Config")
+
+_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
+
+
+def flag_names(config_class: type, prefix: str = "") -> dict[str, type]:
+    """Every dotted flag of ``config_class`` with its annotated type; groups themselves are left out."""
+    names: dict[str, type] = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        name, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            names.update(flag_names(kind, name + "."))
+        else:
+            names[name] = kind
+    return names
+
+
+def _spell_out_switches(argv: Sequence[str], flags: dict[str, type]) -> list[str]:
+    """``--resume`` alone means ``--resume true``: jsonargparse wants the value, fingers do not."""
+    spelled: list[str] = []
+    for position, word in enumerate(argv):
+        spelled.append(word)
+        is_last = position + 1 == len(argv) or argv[position + 1].startswith("--")
+        if is_last and word.startswith("--") and flags.get(word[2:]) is bool:
+            spelled.append("true")
+    return spelled
+
+
+def _explain(message: str, flags: dict[str, type]) -> str:
+    """Adds the nearest existing name to jsonargparse's report of an unknown one."""
+    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", message)
+    if unknown:
+        return f"unknown flag --{unknown[1]}{did_you_mean(unknown[1], flags)}; --help lists all flags"
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if in_group:
+        name = f"{in_group[1]}.{in_group[2]}"
+        return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
+    top = re.search(r"[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message)
+    if top:
+        name = top[1] or top[2]
+        return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
+    message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
+    return " ".join(message.split())
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) -> Config:
+    """Builds ``config_class`` from command-line words.
+
+    Raises:
+        ConfigError: an unknown flag or key (with the nearest name), a value of the wrong type, a missing or unreadable YAML file.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    summary = (config_class.__doc__ or "").strip().splitlines()[0]
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=summary)
+    parser.add_argument("--config", action="config", help="YAML file; later flags override it, and a later --config an earlier one")
+    parser.add_class_arguments(config_class)
+    flags = flag_names(config_class)
+    try:
+        config = parser.instantiate(parser.parse_args(_spell_out_switches(argv, flags)))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ConfigError(_explain(str(error), flags)) from None
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**fields)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A plain, YAML-able dictionary of a config; values of fields named like secrets are replaced by ``***``."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        plain[field.name] = "***" if value and _SECRET.search(field.name) else value
+    return plain
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Writes the resolved config as YAML that ``--config`` reads back."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def require(condition: bool, flag: str, value: Any, remedy: str) -> None:
+    """Raises ``ConfigError`` naming the flag, its value and what would work, unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"--{flag} is {value!r}: {remedy}")
+
+
+def require_divisible(dividend_flag: str, dividend: int, divisor_flag: str, divisor: int) -> None:
+    """Raises ``ConfigError`` with the two nearest values that work, unless ``divisor`` divides ``dividend``."""
+    require(divisor >= 1, divisor_flag, divisor, "must be at least 1")
+    if dividend % divisor:
+        below, above = dividend // divisor * divisor, (dividend // divisor + 1) * divisor
+        fits = " or ".join(str(number) for number in (below, above) if number)
+        raise ConfigError(f"--{dividend_flag} is {dividend}, which {divisor_flag} = {divisor} does not divide: use {fits}, or change {divisor_flag}")

@@ -1,0 +1,168 @@
+"""Where actors live: one Ray placement group for a whole run, colocated or separate, on CPUs or GPUs.
+
+Colocated: bundle ``i`` holds actor ``i`` of every role, which take turns on it (the driver is synchronous; on GPUs the engine sleeps while the
+models train). Separate: every actor has a bundle of its own. A bundle is one GPU (and its share of CPUs) where there are GPUs, else one CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openrl_reason.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Cluster and placement."""
+
+    address: str = ""
+    """Ray cluster to join ("auto" or host:port). Empty: the one in RAY_ADDRESS (`ray job submit` sets it), else a private one on this machine."""
+    device: str = "auto"
+    """"cpu", "gpu", or "auto": GPUs if this machine (or the joined cluster) has any."""
+    colocate: bool = True
+    """All roles share the same bundles and take turns, instead of one bundle per actor."""
+    start_timeout_s: float = 120.0
+    """Seconds to wait for the cluster to grant the bundles."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A group of equal actors, for instance eight policy ranks."""
+
+    name: str
+    num_actors: int
+    gpus_per_actor: int = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One reservation; ``actors`` are (role, index) pairs that run in it."""
+
+    resources: Mapping[str, float]
+    actors: tuple[tuple[str, int], ...]
+
+
+def plan_bundles(roles: list[Role], *, colocate: bool, gpu: bool) -> list[Bundle]:
+    """The bundles of a run.
+
+    Raises:
+        ConfigError: colocated roles want GPU groups of different sizes (tensor parallelism above 1).
+    """
+    roles = [role for role in roles if role.num_actors]
+    if not colocate:
+        return [
+            Bundle({"GPU": role.gpus_per_actor, "CPU": 1} if gpu else {"CPU": 1}, ((role.name, index),)) for role in roles for index in range(role.num_actors)
+        ]
+    wide = [role for role in roles if gpu and role.gpus_per_actor > 1]
+    if wide:
+        raise ConfigError(
+            f"--placement.colocate is true, but an actor of {wide[0].name} spans {wide[0].gpus_per_actor} GPUs (tensor parallelism):"
+            " use --placement.colocate false, or tensor_parallel 1"
+        )
+    return [
+        Bundle({"GPU": 1, "CPU": 1} if gpu else {"CPU": 1}, tuple((role.name, index) for role in roles if index < role.num_actors))
+        for index in range(max(role.num_actors for role in roles))
+    ]
+
+
+class Placement:
+    """Owns the connection to Ray and the placement group of one run. Use as a context manager."""
+
+    def __init__(self, config: PlacementConfig, roles: list[Role]) -> None:
+        self.config = config
+        self.gpu = detect_gpu(config)
+        self.bundles = plan_bundles(roles, colocate=config.colocate, gpu=self.gpu)
+        self._seat = {actor: (index, bundle) for index, bundle in enumerate(self.bundles) for actor in bundle.actors}
+        self._group: Any = None
+        self._owns_ray = False
+
+    def __enter__(self) -> Placement:
+        import ray
+        from ray.util import placement_group
+
+        if not ray.is_initialized():
+            self._owns_ray = True
+            self._connect()
+        self._group = placement_group([dict(bundle.resources) for bundle in self.bundles], strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=self.config.start_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            wanted, there = _total(self.bundles), {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            self.close()
+            raise ConfigError(
+                f"the run needs {wanted} but the cluster has {there} (waited --placement.start_timeout_s {self.config.start_timeout_s:g} s):"
+                " lower num_ranks / num_engines, use --placement.colocate true, or add nodes"
+            ) from None
+        return self
+
+    def _connect(self) -> None:
+        import ray
+
+        from openrl_reason.environment import worker_environment
+
+        runtime_env = {"env_vars": worker_environment(gpu=self.gpu)}
+        address = self.config.address or os.environ.get("RAY_ADDRESS", "")
+        if address:
+            try:
+                ray.init(address=address, runtime_env=runtime_env, log_to_driver=False)
+            except ConnectionError as error:
+                raise ConfigError(f"--placement.address is {address!r}, but no Ray cluster answers there: {error}") from None
+            return
+        need = sum(int(bundle.resources["CPU"]) for bundle in self.bundles)
+        ray.init(
+            address="local",
+            num_cpus=max(need, os.cpu_count() or 1),
+            include_dashboard=False,
+            runtime_env=runtime_env,
+            log_to_driver=False,
+            logging_level="error",
+        )
+
+    def actor_options(self, role: str, index: int) -> dict[str, Any]:
+        """Options for ``ActorClass.options(...)`` that put actor ``index`` of ``role`` on its seat."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle_index, bundle = self._seat[(role, index)]
+        share = 1.0 / len(bundle.actors)
+        return {
+            "num_cpus": bundle.resources["CPU"] * share,
+            "num_gpus": bundle.resources.get("GPU", 0) * share,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle_index),
+        }
+
+    def close(self) -> None:
+        """Gives the bundles back, and ends Ray if this object started it."""
+        import ray
+        from ray.util import remove_placement_group
+
+        if self._group is not None and ray.is_initialized():
+            remove_placement_group(self._group)
+            self._group = None
+        if self._owns_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _total(bundles: list[Bundle]) -> dict[str, float]:
+    kinds = {kind for bundle in bundles for kind in bundle.resources}
+    return {kind: sum(bundle.resources.get(kind, 0) for bundle in bundles) for kind in sorted(kinds)}
+
+
+def detect_gpu(config: PlacementConfig) -> bool:
+    """Whether the run uses GPUs: what ``device`` says, or what the joined cluster or this machine has."""
+    if config.device not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"--placement.device is {config.device!r}: use auto, cpu or gpu")
+    if config.device != "auto":
+        return config.device == "gpu"
+    import ray
+
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    import torch
+
+    return torch.cuda.is_available()
