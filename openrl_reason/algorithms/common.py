@@ -1,0 +1,111 @@
+"""Small pieces that several drivers use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.seeds import derive_seed
+from openrl_reason.errors import DataError
+from openrl_reason.tasks.base import Task, TaskItem
+from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
+
+
+class ItemSampler:
+    """Which items a step trains on: a pure function of (seed, step), so that a resumed run needs no position. Each epoch is its own permutation."""
+
+    def __init__(self, items: Sequence[Any], seed: int) -> None:
+        self._items, self._seed = items, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int, count: int) -> list[int]:
+        """Places of the ``count`` items of ``step``; epochs follow one another without a gap."""
+        positions = range(step * count, (step + 1) * count)
+        epochs = {position // len(self._items) for position in positions}
+        for epoch in epochs - self._orders.keys():
+            self._orders[epoch] = np.random.default_rng(derive_seed(self._seed, "epoch", epoch)).permutation(len(self._items))
+        self._orders = {epoch: order for epoch, order in self._orders.items() if epoch in epochs}
+        return [int(self._orders[position // len(self._items)][position % len(self._items)]) for position in positions]
+
+    def items(self, step: int, count: int) -> list[Any]:
+        """The ``count`` items of ``step``."""
+        return [self._items[index] for index in self.indices(step, count)]
+
+
+def within_limit(task: Task, split: str, tokenizer: Any, limit: int, first: int | None = None) -> tuple[list[TaskItem], int]:
+    """(items whose prompts have at most ``limit`` tokens, how many were longer) of the first ``first`` items of a split.
+
+    Raises:
+        DataError: there are no items, or every prompt is too long.
+    """
+    items = task.items(split)
+    items = items if first is None else items[:first]
+    if first == 0:
+        return [], 0
+    lengths = [len(task.encode_prompt(item, tokenizer)) for item in items]
+    kept = [item for item, length in zip(items, lengths, strict=True) if length <= limit]
+    if not kept:
+        shortest = f"; the shortest prompt has {min(lengths)} tokens, the limit is {limit}" if lengths else ""
+        raise DataError(f"task {task.name!r} has no usable items in its {split!r} split ({len(lengths)} items{shortest})")
+    return kept, len(items) - len(kept)
+
+
+def last_actions(batch: TokenBatch) -> torch.Tensor:
+    """Index [B] of each sequence's last action token: where an outcome reward is paid."""
+    places = torch.arange(batch.num_tokens).where(batch.action_mask, torch.tensor(-1))
+    last = torch.full((batch.num_sequences,), -1).scatter_reduce_(0, batch.sequence_ids, places, reduce="amax")
+    assert (last >= 0).all(), "a sequence without action tokens"
+    return last
+
+
+def average(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over optimiser steps; maxima of keys that end in /max."""
+    return {
+        name: (max if name.endswith("/max") else np.mean)([float(step[name]) for step in history]) if len(history) > 1 else float(history[0][name])
+        for name in history[0]
+    }
+
+
+def count_parameters(path: str) -> int | None:
+    """Parameters of a model folder, read from its safetensors headers; None if there are none (a hub name, for instance)."""
+    total = 0
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(int(np.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def describe_model(config: ModelConfig) -> str:
+    """One line on a trained group."""
+    count = count_parameters(config.path)
+    size = f"{count / 1e6:.1f} M parameters" if count else "size unknown until loaded"
+    return (
+        f"{config.path} ({size}), {config.num_ranks} ranks, {config.dtype}, ZeRO {config.zero_stage},"
+        f" micro-batches of <= {config.tokens_per_micro_batch} tokens"
+    )
+
+
+def estimate_memory(policy: TrainedModelConfig, *, engines: Any = None, reference: Any = None) -> str:
+    """Bytes of weights, gradients and Adam states over all actors (activations and KV cache come on top)."""
+    count = count_parameters(policy.path)
+    if not count:
+        return "unknown: the model is not a local folder"
+    width = {"float32": 4, "bfloat16": 2}
+    ranks = policy.num_ranks
+    weights = count * width[policy.dtype] * (1 if policy.zero_stage == 3 else ranks)
+    gradients = count * 4 * (1 if policy.zero_stage >= 2 else ranks)
+    master = 0 if policy.dtype == "float32" and policy.zero_stage == 0 else 4
+    optimizer = count * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
+    parts = [("policy", weights + gradients + optimizer)]
+    if engines is not None:
+        parts.append(("engines", engines.num_engines * count * width[engines.dtype]))
+    if reference is not None:
+        parts.append(("reference", count * width[policy.dtype] * (1 if reference.zero_stage == 3 else reference.num_ranks)))
+    return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts)

@@ -1,0 +1,441 @@
+"""REINFORCE and its family on Ray: collect, grade, credit, update, sync.
+
+One driver for the algorithms that need no critic. They differ by the baseline that is subtracted from the reward, by what is whitened, and by how
+the loss is averaged (``ADVANTAGES``). All of them ascend the clipped policy-gradient objective; with one update per collection the ratio is one and
+the clip never acts, which is plain REINFORCE.
+
+KL to the reference: in the reward, detached (``kl.where = "reward"``: -coef * log(pi/ref) is paid at each token), or as a term of the loss.
+"Stable REINFORCE" (LLM_RL) is ``advantage none``, ``loss_reduction sequence``, ``kl.where reward``, ``return_clamp``, ``reference.refresh_every``; its
+published code leaves the KL term undetached, which is not a KL penalty, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
+from openrl_reason.algorithms.common import ItemSampler, average, describe_model, estimate_memory, last_actions, within_limit
+from openrl_reason.algorithms.reduction import REDUCTIONS, loss_weights
+from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
+from openrl_reason.config import require, require_divisible
+from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.credit import RunningBaseline, discounted_returns, group_advantages, whiten
+from openrl_reason.core.losses import kl_penalty, policy_loss
+from openrl_reason.core.seeds import derive_seed
+from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.errors import ConfigError, GateError
+from openrl_reason.evaluation.accuracy import accuracy_metrics
+from openrl_reason.tasks.base import Task, TaskConfig, load_task
+from openrl_reason.workers.grading import GraderPool
+from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
+from openrl_reason.workers.placement import Placement, PlacementConfig, Role
+from openrl_reason.workers.rollout import RolloutConfig, RolloutPool, SamplingConfig
+
+ADVANTAGES = {
+    "baseline": ("none", "running", False, "token"),
+    "rloo": ("rloo", "", False, "token"),
+    "grpo": ("grpo", "", False, "sequence"),
+    "dr_grpo": ("mean", "", False, "constant"),
+    "reinforce++": ("none", "", True, "token"),
+    "reinforce++_baseline": ("mean", "", True, "token"),
+    "none": ("none", "", False, "token"),
+}
+"""name -> (group_advantages kind, other baseline, whiten over the global batch, default loss reduction)."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """KL to the reference model."""
+
+    where: str = "none"
+    """"none" (no reference model is started), "reward" (detached, paid token by token) or "loss"."""
+    coef: float = 0.001
+    """Weight of the KL."""
+    kind: str = "k3"
+    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1. In the reward, k1 is the unbiased choice."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The reference model: a group of its own, started only when the KL is used."""
+
+    path: str = ""
+    """Model folder; empty: the policy's start."""
+    num_ranks: int = 1
+    """Number of ranks."""
+    zero_stage: int = 0
+    """0: a full copy on each rank; 3: partitioned."""
+    tokens_per_micro_batch: int = 8192
+    """Tokens of one forward on a rank."""
+    prompts_per_chunk: int = 8
+    """Its log-probs are computed for this many prompts at a time while the others still generate."""
+    refresh_every: int = 0
+    """Copy the policy into the reference every so many steps (0: never)."""
+
+
+@dataclass(frozen=True)
+class ReinforceAlgoConfig:
+    """What is learnt from the rollouts."""
+
+    advantage: str = "rloo"
+    """baseline (running mean), rloo, grpo, dr_grpo, reinforce++, reinforce++_baseline, or none."""
+    loss_reduction: str = "auto"
+    """token, sequence, batch, constant, or auto (what the advantage's paper uses)."""
+    gamma: float = 1.0
+    """Discount per token, at most 1."""
+    return_clamp: tuple[float, float] | None = None
+    """Clamp returns to [low, high] before the baseline."""
+    baseline_decay: float = 0.9
+    """Decay of the running baseline."""
+    clip_low: float = 0.2
+    """PPO clip below 1."""
+    clip_high: float = 0.2
+    """PPO clip above 1 (DAPO's clip-higher: 0.28)."""
+    dual_clip: float | None = None
+    """Bound on the loss of negative advantages at large ratios, > 1 (for instance 3)."""
+    ratio_level: str = "token"
+    """token, or sequence (GSPO)."""
+    importance_correction: str | None = None
+    """Correct for engine and trainer disagreeing: truncate, mask, or none."""
+    importance_cap: float = 2.0
+    """Cap of the importance weight."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    epochs: int = 1
+    """Passes over each collection."""
+    minibatches: int = 1
+    """Optimiser steps per pass."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """KL to the reference."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training, from the same engines, always on the same items."""
+
+    num_items: int = 128
+    """Held-out items: the first so many of the test split (0: no evaluation)."""
+    num_samples: int = 1
+    """Samples per item."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Nucleus of the evaluation."""
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ with a rollout engine."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/reinforce"))
+    """The run as a whole."""
+    prompts_per_step: int = 32
+    """Prompts of each step."""
+    samples_per_prompt: int = 8
+    """Responses to each prompt."""
+    grader_processes: int = 1
+    """Processes that grade."""
+    grader_deadline_s: float = 5.0
+    """Seconds one answer may take to grade; then its process is killed and the sample counted as timed out."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """What is being solved."""
+    policy: TrainedModelConfig = field(default_factory=TrainedModelConfig)
+    """The model that learns."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The model it is held to."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The engines."""
+    max_logprob_difference: float = 0.0
+    """Stop the run when the mean |engine - trainer| log-prob of a step exceeds this (0: only report it)."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""
+    algo: ReinforceAlgoConfig = field(default_factory=ReinforceAlgoConfig)
+    """What is learnt."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation while training."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Cluster and placement."""
+
+    def __post_init__(self) -> None:
+        check_reinforce(self)
+
+
+def check_reinforce(config: ReinforceConfig) -> None:
+    """Refuses settings that cannot work, naming flag, value and remedy."""
+    algo, kl = config.algo, config.algo.kl
+    require(config.prompts_per_step >= 1, "prompts_per_step", config.prompts_per_step, "at least 1")
+    require(config.samples_per_prompt >= 1, "samples_per_prompt", config.samples_per_prompt, "at least 1")
+    require(algo.advantage in ADVANTAGES, "algo.advantage", algo.advantage, f"use one of {', '.join(ADVANTAGES)}")
+    if ADVANTAGES[algo.advantage][0] != "none":
+        require(config.samples_per_prompt >= 2, "samples_per_prompt", config.samples_per_prompt, f"{algo.advantage} compares siblings: use 2 or more")
+    require(algo.loss_reduction in ("auto", *REDUCTIONS), "algo.loss_reduction", algo.loss_reduction, f"use auto or one of {', '.join(REDUCTIONS)}")
+    require(0.0 < algo.gamma <= 1.0, "algo.gamma", algo.gamma, "must be above 0 and at most 1")
+    require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
+    require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
+    require(algo.epochs >= 1, "algo.epochs", algo.epochs, "at least 1")
+    require_divisible("prompts_per_step", config.prompts_per_step, "algo.minibatches", algo.minibatches)
+    require(not (config.reference.refresh_every and kl.where == "none"), "reference.refresh_every", config.reference.refresh_every,
+            "there is no reference without a KL: set --algo.kl.where reward or loss")  # fmt: skip
+    require(not (config.max_logprob_difference and config.sampling.top_p < 1), "max_logprob_difference", config.max_logprob_difference,
+            "engine and trainer log-probs differ by design with --sampling.top_p below 1: use 0")  # fmt: skip
+    require(config.sampling.temperature > 0, "sampling.temperature", config.sampling.temperature, "greedy responses to a prompt are all alike: use > 0")
+
+
+@dataclass(frozen=True)
+class PolicyGradientLoss:
+    """The loss of one micro-batch, called on each rank. Token weights and denominators are the global batch's (``loss_weights``)."""
+
+    algo: ReinforceAlgoConfig
+
+    def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
+        logprobs, mask, weights = outputs.logprobs, batch.action_mask, batch.tokens["loss_weights"]
+        old_logprobs = batch.tokens["old_logprobs"] if "old_logprobs" in batch.tokens else logprobs.detach()
+        loss, metrics = policy_loss(
+            logprobs, old_logprobs, batch.tokens["advantages"], mask,
+            clip_low=self.algo.clip_low, clip_high=self.algo.clip_high, dual_clip=self.algo.dual_clip, ratio_level=self.algo.ratio_level,
+            cu_seqlens=batch.cu_seqlens, token_weights=weights, behaviour_logprobs=batch.behaviour_logprobs,
+            importance_correction=self.algo.importance_correction, importance_cap=self.algo.importance_cap, denominator=denominators["loss"],
+        )  # fmt: skip
+        metrics = {f"train/{name}": value for name, value in metrics.items()}
+        tokens = denominators["tokens"]
+        if self.algo.kl.where == "loss":
+            kl = torch.where(mask, kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind=self.algo.kl.kind), 0.0)
+            loss = loss + self.algo.kl.coef * (kl * weights).sum() / denominators["loss"]
+            metrics["train/kl"] = kl.detach().sum() / tokens
+        entropy = torch.where(mask, outputs.entropy, 0.0)
+        if self.algo.entropy_coef:
+            loss = loss - self.algo.entropy_coef * (entropy * weights).sum() / denominators["loss"]
+        metrics["train/entropy"] = entropy.detach().sum() / tokens
+        difference = torch.where(mask, (logprobs.detach() - batch.behaviour_logprobs).abs(), 0.0)
+        metrics["sampling/logprob_difference/mean"] = difference.sum() / tokens
+        metrics["sampling/logprob_difference/max"] = difference.max()
+        return loss, metrics
+
+
+class ReinforceTrainer(Trainer):
+    """Trains a policy by REINFORCE with the configured baseline.
+
+    Args:
+        config: all settings.
+        task: replaces the task that ``config.task`` names.
+        reward_function: replaces the task's grader (see ``collect.RewardFunction``).
+        callbacks: called after each step with (finished steps, metrics).
+    """
+
+    headline: ClassVar = ("train/reward", "train/policy_loss", "train/kl", "train/entropy", "response_length/mean", "sampling/logprob_difference/mean",
+                          "train/grad_norm", "timing/step")  # fmt: skip
+    curves: ClassVar = ("train/reward", "train/entropy", "response_length/mean", "train/kl", "train/grad_norm", "timing/step",
+                        "sampling/logprob_difference/mean", "train/zero_variance_groups")  # fmt: skip
+
+    def __init__(
+        self, config: ReinforceConfig, *, task: Task | None = None, reward_function: RewardFunction | None = None, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        super().__init__(config, callbacks)
+        self._task, self._reward_function = task, reward_function
+        self._group_kind, other, self._whiten, reduction = ADVANTAGES[config.algo.advantage]
+        self._reduction = reduction if config.algo.loss_reduction == "auto" else config.algo.loss_reduction
+        self.baseline = RunningBaseline(decay=config.algo.baseline_decay) if other == "running" else None
+        self._updates_per_step = config.algo.epochs * config.algo.minibatches
+
+    # ---- the algorithm -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """Collect, credit, update, sync."""
+        rollouts = self.collect()
+        batch, metrics = self.credit(rollouts)
+        metrics |= self.update(batch)
+        metrics |= self.sync(self.done + 1)
+        self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts))
+        busy = rollouts.metrics["timing/generate_busy"] + metrics["timing/forward_backward"]
+        metrics["timing/model_seconds"] = busy
+        return rollouts.metrics | metrics
+
+    def collect(self) -> Rollouts:
+        """This step's graded responses; the reference scores each chunk of prompts while the next ones generate."""
+        config = self.config
+        items = self.sampler.items(self.done, config.prompts_per_step)
+        return self.collector.collect(
+            items, num_samples=config.samples_per_prompt, sampling=config.sampling, seed=(self.run.seed, "train", self.done),
+            on_chunk=self._score_by_reference if self.reference else None, prompts_per_chunk=config.reference.prompts_per_chunk,
+        )  # fmt: skip
+
+    def _score_by_reference(self, trajectories: list[Trajectory]) -> Any:
+        return self.reference.logprobs_async(TokenBatch.from_trajectories(trajectories), temperature=self.config.sampling.temperature)
+
+    def credit(self, rollouts: Rollouts) -> tuple[TokenBatch, dict[str, float]]:
+        """Advantages [N] of the whole collection. Samples whose grader failed are counted and left out."""
+        started, algo = time.perf_counter(), self.config.algo
+        batch = TokenBatch.from_trajectories(rollouts.trajectories)
+        group_ids = torch.arange(batch.num_sequences) // self.config.samples_per_prompt
+        batch = batch.with_sequences(rewards=torch.as_tensor(rollouts.rewards, dtype=torch.float32), group_ids=group_ids)
+        if rollouts.chunks:
+            batch = batch.with_tokens(ref_logprobs=torch.cat([chunk.result()["logprobs"] for chunk in rollouts.chunks]))
+        graded = [index for index, status in enumerate(rollouts.statuses) if status in GRADED]
+        if not graded:
+            raise ConfigError(f"not one of {batch.num_sequences} responses could be graded; statuses: {sorted(set(rollouts.statuses))}")
+        batch = batch if len(graded) == batch.num_sequences else batch.select(graded)
+        metrics = {"rollout/ungraded": float(len(rollouts.statuses) - len(graded)), "timing/reference_wait": time.perf_counter() - started}
+        if self._updates_per_step > 1 or algo.kl.where == "reward":
+            batch = batch.with_tokens(old_logprobs=self.policy.logprobs(batch, temperature=self.config.sampling.temperature)["logprobs"])
+        rewards_B = batch.sequences["rewards"]
+        if self.baseline is not None:
+            value = self.baseline.value(rewards_B)
+            metrics["train/baseline"] = float(value)
+            self.baseline.update(rewards_B)
+        outcome_B = group_advantages(rewards_B, batch.sequences["group_ids"], kind=self._group_kind)
+        rewards = torch.zeros(batch.num_tokens)
+        rewards[last_actions(batch)] = outcome_B
+        advantages = discounted_returns(rewards, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
+        if algo.return_clamp:
+            advantages = advantages.clamp(*algo.return_clamp)
+        if self.baseline is not None:
+            advantages = advantages - value
+        if algo.kl.where == "reward":
+            kl = kl_penalty(batch.tokens["old_logprobs"], batch.tokens["ref_logprobs"], kind=algo.kl.kind)
+            kl = torch.where(batch.action_mask, kl, 0.0)
+            advantages = advantages - algo.kl.coef * discounted_returns(kl, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
+            metrics["train/kl"] = float(kl.sum() / batch.num_actions)
+        if self._whiten:
+            advantages = whiten(advantages, batch.action_mask)
+        advantages = torch.where(batch.action_mask, advantages, 0.0)
+        metrics["train/return"] = float(advantages[batch.action_mask].mean())
+        metrics["timing/credit"] = time.perf_counter() - started
+        return batch.with_tokens(advantages=advantages), metrics
+
+    def update(self, batch: TokenBatch) -> dict[str, float]:
+        """``epochs`` x ``minibatches`` optimiser steps; a minibatch holds whole prompts. Metrics are means over the optimiser steps."""
+        started, algo, history = time.perf_counter(), self.config.algo, []
+        for epoch in range(algo.epochs):
+            for indices in self._minibatches(batch, epoch):
+                part = batch if indices is None else batch.select(indices)
+                weights, denominator = loss_weights(part, self._reduction, max_response_tokens=self.config.sampling.max_new_tokens)
+                part = part.with_tokens(loss_weights=weights)
+                denominators = {"loss": denominator, "tokens": float(part.num_actions)}
+                history.append(self.policy.update(part, PolicyGradientLoss(algo), denominators, temperature=self.config.sampling.temperature))
+        metrics = average(history)
+        difference = history[0]["sampling/logprob_difference/mean"]
+        if self.config.max_logprob_difference and not difference <= self.config.max_logprob_difference:
+            raise GateError(
+                f"mean |engine - trainer log-prob| is {difference:.3g} at step {self.done}, above --max_logprob_difference"
+                f" {self.config.max_logprob_difference:g}: the engine does not sample from the model that is trained (use float32 to tell rounding from a fault)"
+            )
+        metrics["timing/forward_backward"] = sum(step["timing/forward_backward"] for step in history)
+        metrics["timing/update"] = time.perf_counter() - started
+        metrics["perf/trained_tokens_per_second"] = batch.num_tokens * algo.epochs / metrics["timing/update"]
+        return metrics
+
+    def _minibatches(self, batch: TokenBatch, epoch: int) -> list[list[int] | None]:
+        """Sequence indices of each minibatch: prompts are shuffled by (seed, step, epoch), siblings stay together."""
+        if self.config.algo.minibatches == 1:
+            return [None]
+        groups = batch.sequences["group_ids"].numpy()
+        order = np.random.default_rng(derive_seed(self.run.seed, "minibatches", self.done, epoch)).permutation(self.config.prompts_per_step)
+        return [np.flatnonzero(np.isin(groups, part)).tolist() for part in np.array_split(order, self.config.algo.minibatches)]
+
+    def sync(self, version: int) -> dict[str, float]:
+        """The engines get the policy's weights under ``version``; the reference too when its refresh is due."""
+        started = time.perf_counter()
+        every = self.config.reference.refresh_every
+        if self.reference and every and version % every == 0:
+            self.reference.copy_weights_from(self.policy)
+        self.pool.sync_weights(self.policy, version)
+        return {"timing/sync": time.perf_counter() - started}
+
+    def evaluate(self) -> dict[str, float]:
+        """pass@1 on the fixed held-out items."""
+        settings = self.config.eval
+        if not self.eval_items:
+            return {}
+        sampling = with_budget(self.config.sampling, temperature=settings.temperature, top_p=settings.top_p)
+        rollouts = self.collector.collect(self.eval_items, num_samples=settings.num_samples, sampling=sampling, seed=(self.run.seed, "eval"))
+        return accuracy_metrics(rollouts, settings.num_samples, name=self.task.name)
+
+    # ---- the run -------------------------------------------------------------------------------------------------------------
+
+    def roles(self) -> list[Role]:
+        config = self.config
+        has_reference = config.algo.kl.where != "none"
+        return [
+            Role("policy", config.policy.num_ranks),
+            Role("engine", config.rollout.num_engines, gpus_per_actor=config.rollout.tensor_parallel),
+            Role("reference", config.reference.num_ranks if has_reference else 0),
+        ]
+
+    def plan(self) -> list[tuple[str, str]]:
+        config, algo = self.config, self.config.algo
+        rollouts = config.prompts_per_step * config.samples_per_prompt
+        return [
+            ("algorithm", f"{algo.advantage}, {self._reduction} reduction, KL {algo.kl.where}, gamma {algo.gamma:g}"),
+            ("rollouts of a step", f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples = {rollouts} responses of <= {config.sampling.max_new_tokens} tokens"),
+            ("optimiser steps", f"{algo.epochs} epochs x {algo.minibatches} minibatches of {rollouts // algo.minibatches} responses = {self._updates_per_step} of each step; {self.run.steps * self._updates_per_step} in all"),
+            ("policy", describe_model(config.policy)),
+            ("engines", f"{config.rollout.num_engines} x {config.rollout.dtype}, tensor parallel {config.rollout.tensor_parallel}, context {config.rollout.max_model_len}"),
+            ("memory of the weights", estimate_memory(config.policy, engines=config.rollout, reference=self.config.reference if algo.kl.where != "none" else None)),
+        ]  # fmt: skip
+
+    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+        from openrl_reason.models.loading import load_tokenizer
+        from openrl_reason.workers.model_group import ModelGroup
+
+        config = self.config
+        self.tokenizer = load_tokenizer(config.policy.path)
+        self.task = self._task or load_task(config.task)
+        limit = config.rollout.max_model_len - config.sampling.max_new_tokens
+        train_items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
+        self.sampler = ItemSampler(train_items, self.run.seed)
+        self.eval_items, eval_overlong = within_limit(self.task, "test", self.tokenizer, limit, first=config.eval.num_items)
+        for split, count in (("train", overlong), ("test", eval_overlong)):
+            if count:
+                print(f"{count} {split} prompts are longer than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens) and are left out")
+        grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
+        stack.callback(grader.close)
+        total = self.run.steps * self._updates_per_step
+        start = ModelGroup.start
+        policy = start(config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=total)
+        stack.callback(policy.close)
+        self.reference = None
+        if config.algo.kl.where != "none":
+            self.reference = start(self.reference_config(), role="reference", placement=placement, seed=self.run.seed, total_steps=None)
+            stack.callback(self.reference.close)
+        self.pool = RolloutPool(config.rollout, config.policy.path, placement=placement, seed=self.run.seed)
+        stack.callback(self.pool.close)
+        self.policy = policy
+        self.collector = Collector(self.task, self.tokenizer, self.pool, grader, self._reward_function)
+
+    def reference_config(self) -> ModelConfig:
+        """The reference group's model settings: its own path and ranks, everything else like the policy."""
+        policy, reference = self.config.policy, self.config.reference
+        return ModelConfig(
+            path=reference.path or policy.path, dtype=policy.dtype, num_ranks=reference.num_ranks, zero_stage=reference.zero_stage,
+            attention=policy.attention, tokens_per_micro_batch=reference.tokens_per_micro_batch, head_chunk_tokens=policy.head_chunk_tokens,
+            trust_remote_code=policy.trust_remote_code, threads_per_rank=policy.threads_per_rank,
+        )  # fmt: skip
+
+    def export(self, folder: Path) -> None:
+        self.policy.export_hf(folder)
+
+    def save_workers(self, folder: Path) -> None:
+        self.policy.save_state(folder / "policy", self.done)
+        if self.reference and self.config.reference.refresh_every:
+            self.reference.save_state(folder / "reference", self.done)
+
+    def load_workers(self, folder: Path) -> None:
+        self.policy.load_state(folder / "policy")
+        if self.reference and self.config.reference.refresh_every:
+            self.reference.load_state(folder / "reference")
+        self.pool.sync_weights(self.policy, self.done)
+
+    def state(self) -> dict[str, Any]:
+        return {"baseline": self.baseline.state_dict() if self.baseline is not None else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if self.baseline is not None:
+            self.baseline.load_state_dict(state["baseline"])

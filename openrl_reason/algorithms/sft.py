@@ -1,0 +1,164 @@
+"""Supervised fine-tuning: maximise the log-probability of reference solutions; prompt tokens are never scored."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, within_limit
+from openrl_reason.algorithms.reduction import loss_weights
+from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
+from openrl_reason.config import require
+from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.losses import sft_loss
+from openrl_reason.core.trajectory import StopReason, Trajectory
+from openrl_reason.data.sft import SFTDataConfig, load_sft_trajectories
+from openrl_reason.errors import DataError
+from openrl_reason.tasks.base import Task, TaskConfig, load_task
+from openrl_reason.workers.model_config import TrainedModelConfig
+from openrl_reason.workers.placement import Placement, PlacementConfig, Role
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on a task's solutions or on a file."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/sft"))
+    """The run as a whole."""
+    batch_size: int = 64
+    """Sequences of one optimiser step, over all ranks."""
+    max_length: int = 1024
+    """Longest sequence in tokens, prompt and solution; longer ones are counted and left out."""
+    loss_reduction: str = "token"
+    """token (global token mean), sequence (mean of each sequence, then over the batch) or batch (sum of tokens / number of sequences)."""
+    eval_items: int = 128
+    """Held-out items for the evaluation loss (0: none)."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Solutions come from this task's training split, unless data.path is set."""
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    """Rows of a file instead of a task."""
+    policy: TrainedModelConfig = field(default_factory=lambda: TrainedModelConfig(lr=1e-5))
+    """The model that learns."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Cluster and placement."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.loss_reduction in ("token", "sequence", "batch"), "loss_reduction", self.loss_reduction, "use token, sequence or batch")
+        require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        require(
+            self.batch_size >= self.policy.num_ranks, "batch_size", self.batch_size, f"at least one sequence for each of policy.num_ranks {self.policy.num_ranks}"
+        )
+
+
+@dataclass(frozen=True)
+class SupervisedLoss:
+    """Negative log-likelihood of one micro-batch under the global batch's weights and denominator."""
+
+    def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss, metrics = sft_loss(outputs.logprobs, batch.action_mask, token_weights=batch.tokens["loss_weights"], denominator=denominators["loss"])
+        return loss, {f"train/{name}": value for name, value in metrics.items()} | {"train/loss": loss.detach()}
+
+
+class SFTTrainer(Trainer):
+    """Fine-tunes a policy on solutions. ``trajectories`` replaces the task and file: any token-id records with an action mask."""
+
+    headline: ClassVar = ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second", "timing/step")
+    curves: ClassVar = ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second")
+
+    def __init__(
+        self, config: SFTConfig, *, task: Task | None = None, trajectories: Sequence[Trajectory] | None = None, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        super().__init__(config, callbacks)
+        self._task, self._given = task, trajectories
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step on the next ``batch_size`` sequences."""
+        started = time.perf_counter()
+        batch = TokenBatch.from_trajectories(self.sampler.items(self.done, self.config.batch_size))
+        weights, denominator = loss_weights(batch, self.config.loss_reduction)
+        metrics = self.policy.update(batch.with_tokens(loss_weights=weights), SupervisedLoss(), {"loss": denominator})
+        metrics["perf/tokens_per_second"] = batch.num_tokens / (time.perf_counter() - started)
+        metrics["train/tokens"] = float(batch.num_tokens)
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean negative log-likelihood per solution token on held-out items."""
+        if not self.held_out:
+            return {}
+        batch = TokenBatch.from_trajectories(self.held_out)
+        logprobs = self.policy.logprobs(batch)["logprobs"]
+        return {"eval/loss": -float(logprobs[batch.action_mask].double().mean())}
+
+    def roles(self) -> list[Role]:
+        return [Role("policy", self.config.policy.num_ranks)]
+
+    def plan(self) -> list[tuple[str, str]]:
+        config = self.config
+        return [
+            ("optimiser steps", f"{self.run.steps} steps of {config.batch_size} sequences of <= {config.max_length} tokens; {config.loss_reduction} mean"),
+            ("policy", describe_model(config.policy)),
+            ("memory of the weights", estimate_memory(config.policy)),
+        ]
+
+    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+        from openrl_reason.models.loading import load_tokenizer
+        from openrl_reason.workers.model_group import ModelGroup
+
+        config = self.config
+        tokenizer = load_tokenizer(config.policy.path)
+        train, self.held_out, overlong = self._read(tokenizer)
+        if overlong:
+            print(f"{overlong} sequences are longer than --max_length {config.max_length} tokens and are left out")
+        if not train:
+            raise DataError("no training sequences are left: the data is empty, or all of it is longer than --max_length")
+        self.sampler = ItemSampler(train, self.run.seed)
+        self.policy = ModelGroup.start(config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps)
+        stack.callback(self.policy.close)
+
+    def _read(self, tokenizer: Any) -> tuple[list[Trajectory], list[Trajectory], int]:
+        """(training sequences, held-out sequences, number of training sequences that were too long)."""
+        config = self.config
+        if self._given is not None:
+            kept = [t for t in self._given if t.num_tokens <= config.max_length]
+            return kept, [], len(self._given) - len(kept)
+        if config.data.path:
+            data = load_sft_trajectories(replace(config.data, max_length=config.max_length), tokenizer)
+            return data.trajectories, [], data.num_overlong
+        task = self._task or load_task(config.task)
+        train = [solution_trajectory(task, item, tokenizer) for item in task.items("train")]
+        held_out: list[Trajectory] = []
+        if config.eval_items:
+            items, _ = within_limit(task, "test", tokenizer, config.max_length, first=config.eval_items)
+            held_out = [solution_trajectory(task, item, tokenizer) for item in items]
+        kept = [t for t in train if t.num_tokens <= config.max_length]
+        return kept, [t for t in held_out if t.num_tokens <= config.max_length], len(train) - len(kept)
+
+    def export(self, folder: Path) -> None:
+        self.policy.export_hf(folder)
+
+    def save_workers(self, folder: Path) -> None:
+        self.policy.save_state(folder / "policy", self.done)
+
+    def load_workers(self, folder: Path) -> None:
+        self.policy.load_state(folder / "policy")
+
+
+def solution_trajectory(task: Task, item: Any, tokenizer: Any) -> Trajectory:
+    """The item's reference solution as an offline trajectory.
+
+    Raises:
+        DataError: the item has no solution.
+    """
+    if item.solution is None:
+        raise DataError(f"item {item.task_id} of task {task.name!r} has no reference solution to learn from")
+    return Trajectory.from_completion(
+        task.encode_prompt(item, tokenizer), task.encode_solution(item, tokenizer), None,
+        task_id=item.task_id, group_id=item.task_id, sample_index=0, stop_reason=StopReason.OFFLINE, info=dict(item.info),
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""``openrl-reason <command>``: a thin shell over the trainer classes. ``python -m openrl_reason <command>`` is the same thing.
+
+Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from openrl_reason.config import parse_config
+from openrl_reason.errors import ConfigError, DataError, MissingDependencyError, OpenRLError, did_you_mean
+
+
+def _sft(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.sft import SFTConfig, SFTTrainer
+
+    SFTTrainer(parse_config(SFTConfig, argv, prog=prog)).fit()
+
+
+def _reinforce(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.reinforce import ReinforceConfig, ReinforceTrainer
+
+    ReinforceTrainer(parse_config(ReinforceConfig, argv, prog=prog)).fit()
+
+
+def _evaluate(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
+
+    evaluate_model(parse_config(EvaluateConfig, argv, prog=prog))
+
+
+def _export(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.models.export_checkpoint import ExportConfig, export_checkpoint
+
+    export_checkpoint(parse_config(ExportConfig, argv, prog=prog))
+
+
+def _make_model(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.models.make import MakeModelConfig, make
+
+    make(parse_config(MakeModelConfig, argv, prog=prog))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and its line in the help."""
+
+    run: Callable[[Sequence[str], str], None]
+    summary: str
+
+
+COMMANDS = {
+    "make-model": Command(_make_model, "write a small model made on the spot (or SmolLM2-135M-Instruct) as a Hugging Face folder"),
+    "sft": Command(_sft, "supervised fine-tuning on solutions"),
+    "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy"),
+    "evaluate": Command(_evaluate, "accuracy of a model on held-out items"),
+    "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
+}
+
+
+def usage() -> str:
+    """The text of ``openrl-reason --help``."""
+    lines = [f"  {name:12s} {command.summary}" for name, command in COMMANDS.items()]
+    return "usage: openrl-reason <command> [--config FILE.yaml] [--group.setting VALUE ...]\n\ncommands:\n" + "\n".join(lines) + (
+        "\n\nopenrl-reason <command> --help lists the settings of a command."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code. Errors a user can act on print one message; a bug keeps its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from openrl_reason import __version__
+
+        print(f"openrl-reason {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        COMMANDS[name].run(words[1:], f"openrl-reason {name}")
+    except (ConfigError, DataError, MissingDependencyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OpenRLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: all actors are stopped. The last complete checkpoint is intact; --run.resume continues from it.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _as_interrupt(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: actors are stopped, nothing is half-written."""
+    raise KeyboardInterrupt
