@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The test command: sets up the virtual environment (a second when it is there), then runs ruff and pytest in it.
+#
+#   bash tests/run.sh                                  all tests but those marked slow
+#   bash tests/run.sh -m slow                          the slow ones
+#   bash tests/run.sh tests/test_packaging.py -x       any arguments go to pytest as they are
+#
+#   OPENRL_VENV=/path    another place than .venv for the virtual environment
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${OPENRL_VENV:-$root/.venv}"
+bash "$root/examples/scripts/install.sh" "$venv"
+
+# shellcheck disable=SC1091
+. "$venv/bin/activate"
+cd "$root"
+
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 WANDB_MODE=offline
+if [ "$(cat "$venv/.openrl-device")" = cpu ]; then export DS_ACCELERATOR=cpu; fi
+
+if [ $# -eq 0 ]; then set -- -m "not slow"; fi
+
+ruff check .
+# One test may take ten minutes, even a slow one; one that hangs is ended with the stacks of all threads.
+exec python -m pytest --timeout=600 "$@"
