@@ -424,6 +424,7 @@ class ReinforceTrainer(Trainer):
 
     def save_workers(self, folder: Path) -> None:
         self.policy.save_state(folder / "policy", self.done)
+        self.policy.export_hf(folder / "model")
         if self.reference and self.config.reference.refresh_every:
             self.reference.save_state(folder / "reference", self.done)
 

@@ -145,6 +145,7 @@ class SFTTrainer(Trainer):
 
     def save_workers(self, folder: Path) -> None:
         self.policy.save_state(folder / "policy", self.done)
+        self.policy.export_hf(folder / "model")
 
     def load_workers(self, folder: Path) -> None:
         self.policy.load_state(folder / "policy")
