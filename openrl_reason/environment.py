@@ -46,7 +46,7 @@ def runtime_variables(device: str | None = None) -> dict[str, str]:
     """The environment variables that the stack wants on ``device`` (default: :func:`device_kind`), here and in Ray actors."""
     device = device or device_kind()
     variables = {
-        # Actors share the cores; two OpenMP threads that wait for one core are ten times slower than one. Model ranks ask for more themselves.
+        # Actors share the cores, and two OpenMP threads that wait for one core are ten times slower than one. Model ranks may ask for more.
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # The engine lives in its actor's process: it starts in seconds and can be stepped and given weights directly.
