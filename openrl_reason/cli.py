@@ -64,8 +64,10 @@ COMMANDS = {
 def usage() -> str:
     """The text of ``openrl-reason --help``."""
     lines = [f"  {name:12s} {command.summary}" for name, command in COMMANDS.items()]
-    return "usage: openrl-reason <command> [--config FILE.yaml] [--group.setting VALUE ...]\n\ncommands:\n" + "\n".join(lines) + (
-        "\n\nopenrl-reason <command> --help lists the settings of a command."
+    return (
+        "usage: openrl-reason <command> [--config FILE.yaml] [--group.setting VALUE ...]\n\ncommands:\n"
+        + "\n".join(lines)
+        + ("\n\nopenrl-reason <command> --help lists the settings of a command.")
     )
 
 
@@ -94,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: all actors are stopped. The last complete checkpoint is intact; --run.resume continues from it.", file=sys.stderr)
+        print(
+            "interrupted: all actors are stopped. The last complete checkpoint is intact; --run.resume continues from it.", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -115,4 +115,6 @@ def require_divisible(dividend_flag: str, dividend: int, divisor_flag: str, divi
     if dividend % divisor:
         below, above = dividend // divisor * divisor, (dividend // divisor + 1) * divisor
         fits = " or ".join(str(number) for number in (below, above) if number)
-        raise ConfigError(f"--{dividend_flag} is {dividend}, which {divisor_flag} = {divisor} does not divide: use {fits}, or change {divisor_flag}")
+        raise ConfigError(
+            f"--{dividend_flag} is {dividend}, which {divisor_flag} = {divisor} does not divide: use {fits}, or change {divisor_flag}"
+        )

@@ -1,6 +1,6 @@
 """Your own training loop in 30 lines: length-penalised RLOO with rejection of easy prompts' samples, from the parts of ``ReinforceTrainer``.
 
-    python examples/python/custom_driver.py MODEL_FOLDER OUTPUT_FOLDER
+python examples/python/custom_driver.py MODEL_FOLDER OUTPUT_FOLDER
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 from openrl_reason import ReinforceConfig, ReinforceTrainer
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.workers.model_config import TrainedModelConfig
-from openrl_reason.workers.rollout import RolloutConfig, SamplingConfig
+from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 
 def main(model: str, output: str, steps: int = 3) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.errors import ConfigError
 from openrl_reason.tasks.base import Task, TaskItem
-from openrl_reason.workers.grading import GraderPool, GradeResult
-from openrl_reason.workers.rollout import Completion, Request, RolloutPool, SamplingConfig
+from openrl_reason.workers.grading import GradeResult, GraderPool
+from openrl_reason.workers.rollout_config import Completion, Request, SamplingConfig
+
+if TYPE_CHECKING:
+    from openrl_reason.workers.rollout import RolloutPool
 
 GRADED = ("ok", "no_answer")
 """Statuses with a reward. Any other means that the grader failed: the sample has no reward, is counted, and does not train."""
@@ -39,7 +42,9 @@ class Rollouts:
     @property
     def rewards(self) -> np.ndarray:
         """Outcome reward of each trajectory [B]; NaN where grading failed."""
-        return np.array([t.reward if status in GRADED else np.nan for t, status in zip(self.trajectories, self.statuses, strict=True)], dtype=np.float64)
+        return np.array(
+            [t.reward if status in GRADED else np.nan for t, status in zip(self.trajectories, self.statuses, strict=True)], dtype=np.float64
+        )
 
 
 class Collector:
@@ -49,9 +54,10 @@ class Collector:
         reward_function: replaces the task's grader when given; called once per finished group of siblings.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, pool: RolloutPool, grader: GraderPool, reward_function: RewardFunction | None = None) -> None:
+    def __init__(
+        self, task: Task, tokenizer: Any, pool: RolloutPool, grader: GraderPool, reward_function: RewardFunction | None = None
+    ) -> None:
         self.task, self.tokenizer, self.pool, self.grader, self.reward_function = task, tokenizer, pool, grader, reward_function
-        self._eos = tokenizer.eos_token_id
 
     def collect(
         self,
@@ -90,7 +96,11 @@ class Collector:
             missing[place] -= 1
             if self.reward_function is None:
                 grades[index] = self.grader.submit(trajectory.info["response"], items[place].gold, self.task.grade_kind)
-            while on_chunk and len(chunks) * prompts_per_chunk < len(items) and not any(missing[len(chunks) * prompts_per_chunk :][:prompts_per_chunk]):
+            while (
+                on_chunk
+                and len(chunks) * prompts_per_chunk < len(items)
+                and not any(missing[len(chunks) * prompts_per_chunk :][:prompts_per_chunk])
+            ):
                 chunks.append(on_chunk(trajectories[len(chunks) * chunk_size :][:chunk_size]))
         assert all(t is not None for t in trajectories), "the pool returned fewer completions than requests"
         generated = time.perf_counter()
@@ -128,7 +138,9 @@ class Collector:
         answer = self.reward_function(queries, prompts, [item.gold for item in items], items=list(items))
         rewards = answer["rewards"] if isinstance(answer, dict) else answer
         if len(rewards) != len(queries):
-            raise ConfigError(f"the reward function returned {len(rewards)} rewards for {len(queries)} responses: it must return one for each")
+            raise ConfigError(
+                f"the reward function returned {len(rewards)} rewards for {len(queries)} responses: it must return one for each"
+            )
         return [
             GradeResult(score=value if finite else 0.0, parsed=None, status="ok" if finite else "error")
             for value in map(float, rewards)

@@ -12,7 +12,6 @@ import torch
 
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.seeds import derive_seed
-from openrl_reason.errors import DataError
 from openrl_reason.tasks.base import Task, TaskItem
 from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
 
@@ -39,21 +38,15 @@ class ItemSampler:
 
 
 def within_limit(task: Task, split: str, tokenizer: Any, limit: int, first: int | None = None) -> tuple[list[TaskItem], int]:
-    """(items whose prompts have at most ``limit`` tokens, how many were longer) of the first ``first`` items of a split.
+    """(items whose prompts have at most ``limit`` tokens, how many were longer) among the first ``first`` items of a split (None: all).
 
     Raises:
-        DataError: there are no items, or every prompt is too long.
+        DataError: the split is empty, or every prompt is too long.
     """
-    items = task.items(split)
-    items = items if first is None else items[:first]
     if first == 0:
         return [], 0
-    lengths = [len(task.encode_prompt(item, tokenizer)) for item in items]
-    kept = [item for item, length in zip(items, lengths, strict=True) if length <= limit]
-    if not kept:
-        shortest = f"; the shortest prompt has {min(lengths)} tokens, the limit is {limit}" if lengths else ""
-        raise DataError(f"task {task.name!r} has no usable items in its {split!r} split ({len(lengths)} items{shortest})")
-    return kept, len(items) - len(kept)
+    encoded = task.encode_prompts(task.items(split)[:first], tokenizer, limit)
+    return encoded.items, encoded.num_too_long
 
 
 def last_actions(batch: TokenBatch) -> torch.Tensor:
@@ -64,12 +57,17 @@ def last_actions(batch: TokenBatch) -> torch.Tensor:
     return last
 
 
-def average(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over optimiser steps; maxima of keys that end in /max."""
-    return {
-        name: (max if name.endswith("/max") else np.mean)([float(step[name]) for step in history]) if len(history) > 1 else float(history[0][name])
-        for name in history[0]
-    }
+def update_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of the optimiser steps of one collection, under the field's names: means, maxima of keys that end in /max, sums of seconds."""
+    metrics = {}
+    for name in history[0]:
+        values = [float(step[name]) for step in history]
+        if name.startswith("seconds/"):
+            metrics[name.replace("seconds/", "timing/")] = sum(values)
+        else:
+            value = max(values) if name.endswith("/max") else sum(values) / len(values)
+            metrics[name if "/" in name else f"train/{name}"] = value
+    return metrics
 
 
 def count_parameters(path: str) -> int | None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
-from openrl_reason.algorithms.common import ItemSampler, average, describe_model, estimate_memory, last_actions, within_limit
+from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, last_actions, update_metrics, within_limit
 from openrl_reason.algorithms.reduction import REDUCTIONS, loss_weights
 from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
 from openrl_reason.config import require, require_divisible
@@ -37,7 +37,7 @@ from openrl_reason.tasks.base import Task, TaskConfig, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
 from openrl_reason.workers.placement import Placement, PlacementConfig, Role
-from openrl_reason.workers.rollout import RolloutConfig, RolloutPool, SamplingConfig
+from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 ADVANTAGES = {
     "baseline": ("none", "running", False, "token"),
@@ -175,8 +175,18 @@ def check_reinforce(config: ReinforceConfig) -> None:
     require(config.samples_per_prompt >= 1, "samples_per_prompt", config.samples_per_prompt, "at least 1")
     require(algo.advantage in ADVANTAGES, "algo.advantage", algo.advantage, f"use one of {', '.join(ADVANTAGES)}")
     if ADVANTAGES[algo.advantage][0] != "none":
-        require(config.samples_per_prompt >= 2, "samples_per_prompt", config.samples_per_prompt, f"{algo.advantage} compares siblings: use 2 or more")
-    require(algo.loss_reduction in ("auto", *REDUCTIONS), "algo.loss_reduction", algo.loss_reduction, f"use auto or one of {', '.join(REDUCTIONS)}")
+        require(
+            config.samples_per_prompt >= 2,
+            "samples_per_prompt",
+            config.samples_per_prompt,
+            f"{algo.advantage} compares siblings: use 2 or more",
+        )
+    require(
+        algo.loss_reduction in ("auto", *REDUCTIONS),
+        "algo.loss_reduction",
+        algo.loss_reduction,
+        f"use auto or one of {', '.join(REDUCTIONS)}",
+    )
     require(0.0 < algo.gamma <= 1.0, "algo.gamma", algo.gamma, "must be above 0 and at most 1")
     require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
     require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
@@ -186,7 +196,12 @@ def check_reinforce(config: ReinforceConfig) -> None:
             "there is no reference without a KL: set --algo.kl.where reward or loss")  # fmt: skip
     require(not (config.max_logprob_difference and config.sampling.top_p < 1), "max_logprob_difference", config.max_logprob_difference,
             "engine and trainer log-probs differ by design with --sampling.top_p below 1: use 0")  # fmt: skip
-    require(config.sampling.temperature > 0, "sampling.temperature", config.sampling.temperature, "greedy responses to a prompt are all alike: use > 0")
+    require(
+        config.sampling.temperature > 0,
+        "sampling.temperature",
+        config.sampling.temperature,
+        "greedy responses to a prompt are all alike: use > 0",
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +251,12 @@ class ReinforceTrainer(Trainer):
                         "sampling/logprob_difference/mean", "train/zero_variance_groups")  # fmt: skip
 
     def __init__(
-        self, config: ReinforceConfig, *, task: Task | None = None, reward_function: RewardFunction | None = None, callbacks: Sequence[Callback] = ()
+        self,
+        config: ReinforceConfig,
+        *,
+        task: Task | None = None,
+        reward_function: RewardFunction | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, callbacks)
         self._task, self._reward_function = task, reward_function
@@ -319,15 +339,15 @@ class ReinforceTrainer(Trainer):
                 weights, denominator = loss_weights(part, self._reduction, max_response_tokens=self.config.sampling.max_new_tokens)
                 part = part.with_tokens(loss_weights=weights)
                 denominators = {"loss": denominator, "tokens": float(part.num_actions)}
-                history.append(self.policy.update(part, PolicyGradientLoss(algo), denominators, temperature=self.config.sampling.temperature))
-        metrics = average(history)
+                loss, temperature = PolicyGradientLoss(algo), self.config.sampling.temperature
+                history.append(self.policy.update(part, loss, denominators, temperature=temperature, with_entropy=True))
+        metrics = update_metrics(history)
         difference = history[0]["sampling/logprob_difference/mean"]
         if self.config.max_logprob_difference and not difference <= self.config.max_logprob_difference:
             raise GateError(
                 f"mean |engine - trainer log-prob| is {difference:.3g} at step {self.done}, above --max_logprob_difference"
                 f" {self.config.max_logprob_difference:g}: the engine does not sample from the model that is trained (use float32 to tell rounding from a fault)"
             )
-        metrics["timing/forward_backward"] = sum(step["timing/forward_backward"] for step in history)
         metrics["timing/update"] = time.perf_counter() - started
         metrics["perf/trained_tokens_per_second"] = batch.num_tokens * algo.epochs / metrics["timing/update"]
         return metrics
@@ -355,7 +375,9 @@ class ReinforceTrainer(Trainer):
         if not self.eval_items:
             return {}
         sampling = with_budget(self.config.sampling, temperature=settings.temperature, top_p=settings.top_p)
-        rollouts = self.collector.collect(self.eval_items, num_samples=settings.num_samples, sampling=sampling, seed=(self.run.seed, "eval"))
+        rollouts = self.collector.collect(
+            self.eval_items, num_samples=settings.num_samples, sampling=sampling, seed=(self.run.seed, "eval")
+        )
         return accuracy_metrics(rollouts, settings.num_samples, name=self.task.name)
 
     # ---- the run -------------------------------------------------------------------------------------------------------------
@@ -384,6 +406,7 @@ class ReinforceTrainer(Trainer):
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
         from openrl_reason.models.loading import load_tokenizer
         from openrl_reason.workers.model_group import ModelGroup
+        from openrl_reason.workers.rollout import RolloutPool
 
         config = self.config
         self.tokenizer = load_tokenizer(config.policy.path)
@@ -394,7 +417,9 @@ class ReinforceTrainer(Trainer):
         self.eval_items, eval_overlong = within_limit(self.task, "test", self.tokenizer, limit, first=config.eval.num_items)
         for split, count in (("train", overlong), ("test", eval_overlong)):
             if count:
-                print(f"{count} {split} prompts are longer than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens) and are left out")
+                print(
+                    f"{count} {split} prompts are longer than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens) and are left out"
+                )
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
         total = self.run.steps * self._updates_per_step

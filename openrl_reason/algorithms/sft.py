@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, within_limit
+from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, update_metrics, within_limit
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
 from openrl_reason.config import require
@@ -50,10 +50,15 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.loss_reduction in ("token", "sequence", "batch"), "loss_reduction", self.loss_reduction, "use token, sequence or batch")
+        require(
+            self.loss_reduction in ("token", "sequence", "batch"), "loss_reduction", self.loss_reduction, "use token, sequence or batch"
+        )
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         require(
-            self.batch_size >= self.policy.num_ranks, "batch_size", self.batch_size, f"at least one sequence for each of policy.num_ranks {self.policy.num_ranks}"
+            self.batch_size >= self.policy.num_ranks,
+            "batch_size",
+            self.batch_size,
+            f"at least one sequence for each of policy.num_ranks {self.policy.num_ranks}",
         )
 
 
@@ -62,7 +67,9 @@ class SupervisedLoss:
     """Negative log-likelihood of one micro-batch under the global batch's weights and denominator."""
 
     def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
-        loss, metrics = sft_loss(outputs.logprobs, batch.action_mask, token_weights=batch.tokens["loss_weights"], denominator=denominators["loss"])
+        loss, metrics = sft_loss(
+            outputs.logprobs, batch.action_mask, token_weights=batch.tokens["loss_weights"], denominator=denominators["loss"]
+        )
         return loss, {f"train/{name}": value for name, value in metrics.items()} | {"train/loss": loss.detach()}
 
 
@@ -73,7 +80,12 @@ class SFTTrainer(Trainer):
     curves: ClassVar = ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second")
 
     def __init__(
-        self, config: SFTConfig, *, task: Task | None = None, trajectories: Sequence[Trajectory] | None = None, callbacks: Sequence[Callback] = ()
+        self,
+        config: SFTConfig,
+        *,
+        task: Task | None = None,
+        trajectories: Sequence[Trajectory] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, callbacks)
         self._task, self._given = task, trajectories
@@ -83,7 +95,7 @@ class SFTTrainer(Trainer):
         started = time.perf_counter()
         batch = TokenBatch.from_trajectories(self.sampler.items(self.done, self.config.batch_size))
         weights, denominator = loss_weights(batch, self.config.loss_reduction)
-        metrics = self.policy.update(batch.with_tokens(loss_weights=weights), SupervisedLoss(), {"loss": denominator})
+        metrics = update_metrics([self.policy.update(batch.with_tokens(loss_weights=weights), SupervisedLoss(), {"loss": denominator})])
         metrics["perf/tokens_per_second"] = batch.num_tokens / (time.perf_counter() - started)
         metrics["train/tokens"] = float(batch.num_tokens)
         return metrics
@@ -102,7 +114,10 @@ class SFTTrainer(Trainer):
     def plan(self) -> list[tuple[str, str]]:
         config = self.config
         return [
-            ("optimiser steps", f"{self.run.steps} steps of {config.batch_size} sequences of <= {config.max_length} tokens; {config.loss_reduction} mean"),
+            (
+                "optimiser steps",
+                f"{self.run.steps} steps of {config.batch_size} sequences of <= {config.max_length} tokens; {config.loss_reduction} mean",
+            ),
             ("policy", describe_model(config.policy)),
             ("memory of the weights", estimate_memory(config.policy)),
         ]

@@ -124,7 +124,9 @@ class Trainer:
             raise ConfigError(f"--run.output_dir is {self.run.output_dir!r}: {error.strerror or error}") from None
         checkpoint = self.checkpoints.latest()
         if not self.run.resume and (checkpoint or (self.folder / "metrics.jsonl").exists()):
-            raise ConfigError(f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder")
+            raise ConfigError(
+                f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
+            )
         save_config(self.config, self.folder / "config.yaml")
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
         try:

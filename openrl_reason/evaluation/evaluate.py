@@ -15,7 +15,7 @@ from openrl_reason.evaluation.accuracy import accuracy_metrics
 from openrl_reason.tasks.base import Task, TaskConfig, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
-from openrl_reason.workers.rollout import RolloutConfig, RolloutPool, SamplingConfig
+from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class EvaluateConfig:
 def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str, float]:
     """Runs the evaluation and returns its metrics (``eval/<task>/...``)."""
     from openrl_reason.models.loading import load_tokenizer
+    from openrl_reason.workers.rollout import RolloutPool
 
     tokenizer = load_tokenizer(config.model)
     task = task or load_task(config.task)
@@ -68,15 +69,23 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
     if config.dry_run:
         return {}
     with contextlib.ExitStack() as stack:
-        placement = stack.enter_context(Placement(config.placement, [Role("engine", config.rollout.num_engines, config.rollout.tensor_parallel)]))
+        placement = stack.enter_context(
+            Placement(config.placement, [Role("engine", config.rollout.num_engines, config.rollout.tensor_parallel)])
+        )
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
         pool = RolloutPool(config.rollout, config.model, placement=placement, seed=config.seed)
         stack.callback(pool.close)
         collector = Collector(task, tokenizer, pool, grader)
-        rollouts = collector.collect(items, num_samples=config.num_samples, sampling=replace(config.sampling), seed=(config.seed, "evaluate"))
+        rollouts = collector.collect(
+            items, num_samples=config.num_samples, sampling=replace(config.sampling), seed=(config.seed, "evaluate")
+        )
     metrics = accuracy_metrics(rollouts, config.num_samples, name=task.name)
-    metrics |= {"num_items": len(items), "num_overlong": overlong, "generated_tokens_per_second": rollouts.metrics["perf/generated_tokens_per_second"]}
+    metrics |= {
+        "num_items": len(items),
+        "num_overlong": overlong,
+        "generated_tokens_per_second": rollouts.metrics["perf/generated_tokens_per_second"],
+    }
     for name, value in metrics.items():
         print(f"  {name:40s} {value:.4g}")
     if config.output:

@@ -36,7 +36,9 @@ def find_model(path: str) -> Path:
     newest = CheckpointManager(folder / "checkpoints").latest() if (folder / "checkpoints").is_dir() else None
     if path and newest is not None:
         return newest.path / "model"
-    raise ConfigError(f"--checkpoint is {path!r}: give a run's output folder that has checkpoints/, or one checkpoint folder (it holds state.json and model/)")
+    raise ConfigError(
+        f"--checkpoint is {path!r}: give a run's output folder that has checkpoints/, or one checkpoint folder (it holds state.json and model/)"
+    )
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -62,6 +64,8 @@ def export_checkpoint(config: ExportConfig) -> Path:
         raise ConfigError(f"--output is {config.output!r}: give a folder that is new or empty")
     generation = GenerationConfig.from_pretrained(source) if (source / "generation_config.json").is_file() else None
     dtype = None if config.dtype == "keep" else config.dtype
-    export_hf(_tensors(source), AutoConfig.from_pretrained(source), load_tokenizer(str(source)), output, generation_config=generation, dtype=dtype)
+    export_hf(
+        _tensors(source), AutoConfig.from_pretrained(source), load_tokenizer(str(source)), output, generation_config=generation, dtype=dtype
+    )
     print(f"{source} -> {output} ({config.dtype})")
     return output

@@ -48,7 +48,9 @@ class RunLog:
         """Records step ``step`` (0-based) and shows its headline."""
         self._append(self._metrics, [{"step": step, "event": "train", **metrics}])
         parts = {name.split("/", 1)[-1] if name.startswith("train/") else name: metrics[name] for name in self._headline if name in metrics}
-        shown = {name: f"{_json_number(value):.4g}" if isinstance(_json_number(value), (int, float)) else "-" for name, value in parts.items()}
+        shown = {
+            name: f"{_json_number(value):.4g}" if isinstance(_json_number(value), (int, float)) else "-" for name, value in parts.items()
+        }
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
@@ -58,7 +60,11 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records an evaluation made after ``step`` training steps, and shows it."""
         self._append(self._metrics, [{"step": step, "event": "eval", **metrics}])
-        shown = [f"{name} {_json_number(value):.4g}" for name, value in metrics.items() if not name.startswith("timing/") and _json_number(value) is not None]
+        shown = [
+            f"{name} {_json_number(value):.4g}"
+            for name, value in metrics.items()
+            if not name.startswith("timing/") and _json_number(value) is not None
+        ]
         self.say(f"evaluation after {step} steps:  " + "  ".join(shown))
 
     def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -104,5 +110,7 @@ def _keep_steps_before(path: Path, start_step: int) -> None:
         return
     kept = [record for record in read_records(path) if record["step"] < start_step + (start_step > 0 and record.get("event") == "eval")]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8", errors="surrogatepass")
+    temporary.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8", errors="surrogatepass"
+    )
     os.replace(temporary, path)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from openrl_reason.environment import device_kind, runtime_variables
 from openrl_reason.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ class PlacementConfig:
     address: str = ""
     """Ray cluster to join ("auto" or host:port). Empty: the one in RAY_ADDRESS (`ray job submit` sets it), else a private one on this machine."""
     device: str = "auto"
-    """"cpu", "gpu", or "auto": GPUs if this machine (or the joined cluster) has any."""
+    """cpu, gpu, or auto: GPUs if this machine has any. On a cluster whose head node has none, say gpu."""
     colocate: bool = True
     """All roles share the same bundles and take turns, instead of one bundle per actor."""
     start_timeout_s: float = 120.0
@@ -54,7 +55,9 @@ def plan_bundles(roles: list[Role], *, colocate: bool, gpu: bool) -> list[Bundle
     roles = [role for role in roles if role.num_actors]
     if not colocate:
         return [
-            Bundle({"GPU": role.gpus_per_actor, "CPU": 1} if gpu else {"CPU": 1}, ((role.name, index),)) for role in roles for index in range(role.num_actors)
+            Bundle({"GPU": role.gpus_per_actor, "CPU": 1} if gpu else {"CPU": 1}, ((role.name, index),))
+            for role in roles
+            for index in range(role.num_actors)
         ]
     wide = [role for role in roles if gpu and role.gpus_per_actor > 1]
     if wide:
@@ -101,9 +104,7 @@ class Placement:
     def _connect(self) -> None:
         import ray
 
-        from openrl_reason.environment import worker_environment
-
-        runtime_env = {"env_vars": worker_environment(gpu=self.gpu)}
+        runtime_env = {"env_vars": runtime_variables("gpu" if self.gpu else "cpu")}
         address = self.config.address or os.environ.get("RAY_ADDRESS", "")
         if address:
             try:
@@ -154,15 +155,7 @@ def _total(bundles: list[Bundle]) -> dict[str, float]:
 
 
 def detect_gpu(config: PlacementConfig) -> bool:
-    """Whether the run uses GPUs: what ``device`` says, or what the joined cluster or this machine has."""
+    """Whether the run uses GPUs: what ``device`` says, or what this machine has."""
     if config.device not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"--placement.device is {config.device!r}: use auto, cpu or gpu")
-    if config.device != "auto":
-        return config.device == "gpu"
-    import ray
-
-    if ray.is_initialized():
-        return ray.cluster_resources().get("GPU", 0) > 0
-    import torch
-
-    return torch.cuda.is_available()
+    return (device_kind() if config.device == "auto" else config.device) == "gpu"

@@ -1,0 +1,94 @@
+"""Settings: flags and YAML give one frozen dataclass; what cannot work is refused with the flag, the value and a remedy."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from openrl_reason.algorithms.reinforce import ReinforceConfig
+from openrl_reason.algorithms.sft import SFTConfig
+from openrl_reason.config import flag_names, parse_config, save_config, to_dict
+from openrl_reason.errors import ConfigError
+from openrl_reason.evaluation.evaluate import EvaluateConfig
+
+
+def parse(*words, config_class=ReinforceConfig):
+    return parse_config(config_class, words, prog="test")
+
+
+def test_dotted_flags_override_yaml_and_later_files_override_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("policy: {lr: 1e-4, zero_stage: 2}\nprompts_per_step: 16\n")
+    (tmp_path / "b.yaml").write_text("prompts_per_step: 4\n")
+    config = parse("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--policy.lr", "3e-5", "--sampling.stop", '["END"]')
+    assert (config.policy.lr, config.policy.zero_stage, config.prompts_per_step, config.sampling.stop) == (3e-5, 2, 4, ("END",))
+    with pytest.raises(FrozenInstanceError):
+        config.prompts_per_step = 5
+
+
+@pytest.mark.parametrize("config_class", [ReinforceConfig, SFTConfig, EvaluateConfig])
+def test_the_resolved_config_reads_back_as_itself(config_class, tmp_path):
+    config = parse_config(config_class, [], prog="test")
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_config(config_class, ["--config", str(tmp_path / "config.yaml")], prog="test") == config
+
+
+def test_a_switch_needs_no_value():
+    assert parse("--run.resume", "--run.steps", "3", "--run.dry_run").run.resume
+    assert not parse("--run.resume", "false").run.resume
+
+
+@pytest.mark.parametrize("config_class", [ReinforceConfig, SFTConfig, EvaluateConfig])
+def test_every_flag_has_a_help_text(config_class, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(config_class, ["--help"], prog="test")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in flag_names(config_class):
+        after = text.split(f"--{name} ", 1)[1]
+        assert not after.split("(type:")[0].strip().endswith(("]", "}")) and len(after.split("(type:")[0].split()) > 1, f"--{name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--policy.lrr", "1"], ["--policy.lrr", "policy.lr"]),
+        (["--polcy.lr", "1"], ["--polcy.lr", "policy.lr"]),
+        (["--policy.lr", "fast"], ["--policy.lr", "fast"]),
+        (["--run.steps", "0"], ["--run.steps", "0", "at least 1"]),
+        (["--prompts_per_step", "10", "--algo.minibatches", "4"], ["--prompts_per_step is 10", "algo.minibatches = 4", "8 or 12"]),
+        (["--samples_per_prompt", "1"], ["--samples_per_prompt is 1", "rloo", "2 or more"]),
+        (["--algo.advantage", "rlo"], ["--algo.advantage is 'rlo'", "rloo"]),
+        (["--algo.gamma", "1.5"], ["--algo.gamma is 1.5"]),
+        (["--algo.kl.where", "loss ", "--algo.kl.kind", "k9"], ["algo.kl"]),
+        (["--reference.refresh_every", "2"], ["--reference.refresh_every is 2", "--algo.kl.where"]),
+        (["--max_logprob_difference", "0.1", "--sampling.top_p", "0.9"], ["--max_logprob_difference", "top_p"]),
+        (["--sampling.temperature", "0"], ["--sampling.temperature is 0", "greedy"]),
+        (["--policy.zero_stage", "7"], ["zero_stage is 7"]),
+        (["--config", "/nowhere.yaml"], ["/nowhere.yaml"]),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_its_name_and_a_remedy(words, expected):
+    from openrl_reason.algorithms.reinforce import ReinforceTrainer
+
+    with pytest.raises(ConfigError) as caught:
+        ReinforceTrainer(parse(*words))
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in expected), message
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("sampling: {temprature: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"sampling.temprature.*did you mean 'sampling.temperature'"):
+        parse("--config", str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("prompt_per_step: 5\n")
+    with pytest.raises(ConfigError, match=r"prompt_per_step.*did you mean 'prompts_per_step'"):
+        parse("--config", str(tmp_path / "b.yaml"))
+
+
+def test_values_of_fields_named_like_secrets_are_not_shown():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Tracker:
+        api_key: str = "s3cret"
+        max_new_tokens: int = 3
+
+    assert to_dict(Tracker()) == {"api_key": "***", "max_new_tokens": 3}
