@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,19 @@ def within_limit(task: Task, split: str, tokenizer: Any, limit: int, first: int 
         return [], 0
     encoded = task.encode_prompts(task.items(split)[:first], tokenizer, limit)
     return encoded.items, encoded.num_too_long
+
+
+def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any]) -> list[Any]:
+    """What the functions return, called side by side: starting an actor is mostly waiting. ``close`` of each result goes on ``stack``.
+
+    If one fails the others are closed and its error is raised.
+    """
+    with ThreadPoolExecutor(len(starts)) as threads:
+        futures = [threads.submit(start) for start in starts]
+    for future in futures:
+        if future.exception() is None and future.result() is not None:
+            stack.callback(getattr(future.result(), "close", None) or future.result().shutdown)
+    return [future.result() for future in futures]
 
 
 def last_actions(batch: TokenBatch) -> torch.Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
-from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, last_actions, update_metrics, within_limit
+from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, last_actions, start_together, update_metrics, within_limit
 from openrl_reason.algorithms.reduction import REDUCTIONS, loss_weights
 from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
 from openrl_reason.config import require, require_divisible
@@ -270,8 +270,12 @@ class ReinforceTrainer(Trainer):
     def step(self) -> dict[str, float]:
         """Collect, credit, update, sync."""
         rollouts = self.collect()
+        if self._take_turns:
+            self.pool.sleep()
         batch, metrics = self.credit(rollouts)
         metrics |= self.update(batch)
+        if self._take_turns:
+            self.pool.wake()
         metrics |= self.sync(self.done + 1)
         self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts))
         busy = rollouts.metrics["timing/generate_busy"] + metrics["timing/forward_backward"]
@@ -366,8 +370,8 @@ class ReinforceTrainer(Trainer):
         every = self.config.reference.refresh_every
         if self.reference and every and version % every == 0:
             self.reference.copy_weights_from(self.policy)
-        self.pool.sync_weights(self.policy, version)
-        return {"timing/sync": time.perf_counter() - started}
+        parts = self.pool.sync_weights(self.policy, version)
+        return {f"timing/{name}": seconds for name, seconds in parts.items()} | {"timing/sync": time.perf_counter() - started}
 
     def evaluate(self) -> dict[str, float]:
         """pass@1 on the fixed held-out items."""
@@ -403,37 +407,39 @@ class ReinforceTrainer(Trainer):
             ("memory of the weights", estimate_memory(config.policy, engines=config.rollout, reference=self.config.reference if algo.kl.where != "none" else None)),
         ]  # fmt: skip
 
-    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+    def prepare(self) -> None:
         from openrl_reason.models.loading import load_tokenizer
-        from openrl_reason.workers.model_group import ModelGroup
-        from openrl_reason.workers.rollout import RolloutPool
 
         config = self.config
-        self.tokenizer = load_tokenizer(config.policy.path)
+        self.tokenizer = load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
         self.task = self._task or load_task(config.task)
         limit = config.rollout.max_model_len - config.sampling.max_new_tokens
+        require(limit >= 1, "sampling.max_new_tokens", config.sampling.max_new_tokens, f"leaves no prompt of rollout.max_model_len {limit}")
         train_items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
         self.sampler = ItemSampler(train_items, self.run.seed)
         self.eval_items, eval_overlong = within_limit(self.task, "test", self.tokenizer, limit, first=config.eval.num_items)
         for split, count in (("train", overlong), ("test", eval_overlong)):
             if count:
-                print(
-                    f"{count} {split} prompts are longer than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens) and are left out"
-                )
+                print(f"{count} {split} prompts have more than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens): left out")
+
+    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+        from openrl_reason.workers.model_group import ModelGroup
+        from openrl_reason.workers.rollout import RolloutPool
+
+        config, seed = self.config, self.run.seed
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
         total = self.run.steps * self._updates_per_step
-        start = ModelGroup.start
-        policy = start(config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=total)
-        stack.callback(policy.close)
-        self.reference = None
-        if config.algo.kl.where != "none":
-            self.reference = start(self.reference_config(), role="reference", placement=placement, seed=self.run.seed, total_steps=None)
-            stack.callback(self.reference.close)
-        self.pool = RolloutPool(config.rollout, config.policy.path, placement=placement, seed=self.run.seed)
-        stack.callback(self.pool.close)
-        self.policy = policy
+        has_reference = config.algo.kl.where != "none"
+        self.policy, self.pool, self.reference = start_together(
+            stack,
+            lambda: ModelGroup.start(config.policy, role="policy", placement=placement, seed=seed, total_steps=total),
+            lambda: RolloutPool(config.rollout, config.policy.path, placement=placement, seed=seed),
+            lambda: ModelGroup.start(self.reference_config(), role="reference", placement=placement, seed=seed) if has_reference else None,
+        )
         self.collector = Collector(self.task, self.tokenizer, self.pool, grader, self._reward_function)
+        # Colocated engines and ranks share their GPUs: an engine gives its memory back while the models train.
+        self._take_turns = placement.gpu and config.placement.colocate
 
     def reference_config(self) -> ModelConfig:
         """The reference group's model settings: its own path and ranks, everything else like the policy."""
@@ -448,10 +454,10 @@ class ReinforceTrainer(Trainer):
         self.policy.export_hf(folder)
 
     def save_workers(self, folder: Path) -> None:
-        self.policy.save_state(folder / "policy", self.done)
+        self.policy.save_state(folder / "policy")
         self.policy.export_hf(folder / "model")
         if self.reference and self.config.reference.refresh_every:
-            self.reference.save_state(folder / "reference", self.done)
+            self.reference.save_state(folder / "reference")
 
     def load_workers(self, folder: Path) -> None:
         self.policy.load_state(folder / "policy")

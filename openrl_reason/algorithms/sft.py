@@ -122,20 +122,23 @@ class SFTTrainer(Trainer):
             ("memory of the weights", estimate_memory(config.policy)),
         ]
 
-    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+    def prepare(self) -> None:
         from openrl_reason.models.loading import load_tokenizer
+
+        train, self.held_out, overlong = self._read(load_tokenizer(self.config.policy.path, trust_remote_code=self.config.policy.trust_remote_code))
+        if overlong:
+            print(f"{overlong} sequences have more than --max_length {self.config.max_length} tokens: left out")
+        if not train:
+            raise DataError(f"no training sequences are left: all {overlong} have more than --max_length {self.config.max_length} tokens")
+        self.sampler = ItemSampler(train, self.run.seed)
+
+    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
         from openrl_reason.workers.model_group import ModelGroup
 
-        config = self.config
-        tokenizer = load_tokenizer(config.policy.path)
-        train, self.held_out, overlong = self._read(tokenizer)
-        if overlong:
-            print(f"{overlong} sequences are longer than --max_length {config.max_length} tokens and are left out")
-        if not train:
-            raise DataError("no training sequences are left: the data is empty, or all of it is longer than --max_length")
-        self.sampler = ItemSampler(train, self.run.seed)
-        self.policy = ModelGroup.start(config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps)
-        stack.callback(self.policy.close)
+        self.policy = ModelGroup.start(
+            self.config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps
+        )
+        stack.callback(self.policy.shutdown)
 
     def _read(self, tokenizer: Any) -> tuple[list[Trajectory], list[Trajectory], int]:
         """(training sequences, held-out sequences, number of training sequences that were too long)."""
@@ -159,7 +162,7 @@ class SFTTrainer(Trainer):
         self.policy.export_hf(folder)
 
     def save_workers(self, folder: Path) -> None:
-        self.policy.save_state(folder / "policy", self.done)
+        self.policy.save_state(folder / "policy")
         self.policy.export_hf(folder / "model")
 
     def load_workers(self, folder: Path) -> None:

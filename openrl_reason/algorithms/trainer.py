@@ -50,8 +50,8 @@ class RunConfig:
 class Trainer:
     """Base of the trainers. Use ``fit()``, or as a context manager around your own loop of ``step()`` calls.
 
-    An algorithm supplies ``roles``, ``plan``, ``build``, ``step``, ``evaluate``, ``export``, ``save_workers``/``load_workers`` and, where it has any,
-    ``state``/``load_state``. ``config.run`` and ``config.placement`` must exist.
+    An algorithm supplies ``roles``, ``plan``, ``prepare``, ``build``, ``step``, ``evaluate``, ``export``, ``save_workers``, ``load_workers`` and,
+    where it has any, ``state`` and ``load_state``. ``config.run`` and ``config.placement`` must exist.
     """
 
     headline: ClassVar[tuple[str, ...]] = ()
@@ -73,6 +73,10 @@ class Trainer:
 
     def plan(self) -> list[tuple[str, str]]:
         """(what, how much) rows of the plan table."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Reads tokenizer, task and data in this process: what is wrong with them shows before any actor starts."""
         raise NotImplementedError
 
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
@@ -127,6 +131,7 @@ class Trainer:
             raise ConfigError(
                 f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
             )
+        self.prepare()
         save_config(self.config, self.folder / "config.yaml")
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
         try:
@@ -147,6 +152,7 @@ class Trainer:
         """The whole run. With ``run.dry_run`` it prints the plan and returns."""
         print_plan(self)
         if self.run.dry_run:
+            self.prepare()
             return
         with self:
             if self.done == 0 and self.run.eval_at_start:
