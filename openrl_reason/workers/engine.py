@@ -1,0 +1,270 @@
+"""One vLLM engine, driven step by step: token ids in, token ids out, no thread of its own. Usable without Ray.
+
+vLLM runs in this process and `RolloutEngine.pump` steps it. Nothing happens between pumps, so weights can be replaced between any two of
+them, and what an engine does is decided by its caller alone. In float32 on a CPU a sample depends on its request only (prompt, seed,
+sampling settings, weights): not on what else is in the batch, on the order of arrival, or on the prefix cache. Tested on CPUs; the same
+code runs on GPUs (`tensor_parallel` above 1 included), where it has not been run by us, and where batch composition changes rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from openrl_reason.core.trajectory import StopReason
+from openrl_reason.environment import prepare_environment, require
+from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_request
+from openrl_reason.workers.weight_sync import Manifest, received_tensors
+
+
+class RolloutEngine:
+    """A vLLM engine in this process.
+
+    Args:
+        config: engine settings.
+        model_path: Hugging Face model folder (or hub name) with the first weights.
+        version: version of those weights.
+        seed: seed of the engine itself; requests bring their own.
+    """
+
+    def __init__(self, config: RolloutConfig, model_path: str, *, version: int = 0, seed: int = 0) -> None:
+        self.config, self.model_path = config, str(model_path)
+        self._prepare_process()
+        vllm = require("vllm", "to generate rollouts")
+        self._on_cpu = require("vllm.platforms").current_platform.is_cpu()
+        self._eos_ids = read_eos_ids(self.model_path)
+        self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
+        self._unfinished: dict[str, Request] = {}
+        self._version: int | None = version
+        self.seconds_busy = 0.0
+
+    def _prepare_process(self) -> None:
+        prepare_environment()
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if Path(self.model_path).is_dir():
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    def _engine_args(self, seed: int) -> dict[str, Any]:
+        config = self.config
+        if self._on_cpu:
+            if config.block_size % 32:
+                raise ConfigError(f"rollout.block_size is {config.block_size}: on a CPU use a multiple of 32")
+            device = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        else:
+            device = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
+        return device | {
+            "model": self.model_path,
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "block_size": config.block_size,
+            "enforce_eager": config.enforce_eager,
+            "enable_prefix_caching": config.prefix_caching,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # sampling settings come from requests alone, never from the model's folder
+            "skip_tokenizer_init": not self._has_tokenizer,  # needed for stop strings alone
+            "trust_remote_code": config.trust_remote_code,
+            "seed": seed,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "worker_extension_cls": f"{__name__}.WeightLoader",
+        }
+
+    @property
+    def version(self) -> int | None:
+        """Version of the weights in use; None after a load that failed."""
+        return self._version
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests in the engine."""
+        return len(self._unfinished)
+
+    def pump(self, new_requests: Sequence[Request] = (), max_seconds: float = 0.1) -> list[Completion]:
+        """Adds requests and steps the engine for about ``max_seconds``, or until nothing is left to do.
+
+        Returns:
+            what finished meanwhile.
+
+        Raises:
+            ConfigError: a request cannot be served (none of ``new_requests`` has been added then).
+            WorkerError: the last `load_weights` failed.
+        """
+        if self._version is None:
+            raise WorkerError("this engine has no usable weights: the last load_weights failed")
+        for request in new_requests:
+            check_request(request, self.config)
+            if request.sampling.stop and not self._has_tokenizer:
+                raise ConfigError(f"request {request.request_id!r} has stop strings, but {self.model_path} has no tokenizer")
+            if request.request_id in self._unfinished:
+                raise ConfigError(f"request id {request.request_id!r} is in use by an unfinished request: ids must be unique")
+        started = time.perf_counter()
+        for request in new_requests:
+            self._add(request)
+        completions: list[Completion] = []
+        while self._unfinished:
+            completions += [self._completion(output) for output in self._engine.step()]
+            if time.perf_counter() - started >= max_seconds:
+                break
+        self.seconds_busy += time.perf_counter() - started
+        return completions
+
+    def _add(self, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=request.seed,
+            max_tokens=sampling.max_new_tokens,
+            stop=list(sampling.stop) or None,
+            stop_token_ids=self._eos_ids,
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.stop),
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
+        self._unfinished[request.request_id] = request
+
+    def _completion(self, output: Any) -> Completion:
+        del self._unfinished[output.request_id]
+        sample = output.outputs[0]
+        logprobs = list(sample.logprobs.logprobs)
+        assert len(logprobs) == len(sample.token_ids), (len(logprobs), len(sample.token_ids))
+        if sample.finish_reason == "length":
+            reason, stop_string = StopReason.LENGTH, None
+        elif sample.finish_reason == "stop" and isinstance(sample.stop_reason, str):
+            reason, stop_string = StopReason.STOP_STRING, sample.stop_reason
+        elif sample.finish_reason == "stop":
+            reason, stop_string = StopReason.EOS, None
+        else:
+            raise WorkerError(f"vLLM ended request {output.request_id!r} with {sample.finish_reason!r} ({sample.stop_reason!r})")
+        return Completion(
+            request_id=output.request_id,
+            token_ids=list(sample.token_ids),
+            logprobs=logprobs,
+            stop_reason=reason,
+            stop_string=stop_string,
+            policy_version=self._version,
+            num_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def abort_all(self) -> None:
+        """Forgets every unfinished request."""
+        self._engine.abort_request(list(self._unfinished))
+        self._unfinished.clear()
+
+    def load_weights(self, manifest: Manifest, version: int) -> None:
+        """Replaces the weights and empties the prefix cache.
+
+        Raises:
+            ConfigError: requests are unfinished: their KV cache belongs to the old weights.
+            WorkerError: version or checksum differ, or a weight is missing. The engine then refuses to generate until a load succeeds.
+        """
+        if self._unfinished:
+            raise ConfigError(f"{self.num_unfinished} requests are unfinished: finish or abort them before loading weights")
+        self._version = None
+        self._engine.collective_rpc("load_openrl_weights", args=(manifest, version))
+        self.reset_prefix_cache()
+        self._version = version
+
+    def reset_prefix_cache(self) -> None:
+        """Empties the prefix cache; `load_weights` does this by itself."""
+        if not self._engine.reset_prefix_cache():
+            raise WorkerError("vLLM did not empty its prefix cache: blocks are still in use")
+
+    def sleep(self) -> None:
+        """On a GPU, moves the weights to host memory and drops the KV cache (vLLM's level 1). On a CPU does nothing."""
+        if self._unfinished:
+            raise ConfigError(f"{self.num_unfinished} requests are unfinished: finish or abort them before the engine sleeps")
+        if not self._on_cpu:
+            self._engine.sleep(level=1)
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        if not self._on_cpu and self._engine.is_sleeping():
+            self._engine.wake_up()
+
+    def stats(self) -> dict[str, float]:
+        """Seconds spent in `pump`, and unfinished requests."""
+        return {"seconds_busy": self.seconds_busy, "unfinished": self.num_unfinished}
+
+    def close(self) -> None:
+        """Frees the engine's memory and workers."""
+        self.abort_all()
+        self._engine.engine_core.shutdown()
+
+
+class WeightLoader:
+    """Mixed into vLLM's worker class (``worker_extension_cls``): loads received weights in each tensor-parallel worker."""
+
+    def load_openrl_weights(self, manifest: Manifest, version: int) -> None:
+        """Maps the manifest's tensors and loads them in place.
+
+        This is vLLM's own reload (what its ``reload_weights`` and its weight transfer engines do), called in its parts so as to see which
+        parameters were loaded: its public entry only logs those that were not, and they would go stale without a sign.
+        """
+        import torch
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        expected = {name for name, _ in model.named_parameters()}  # a tied head is the embedding's parameter, listed once
+        with torch.inference_mode(), set_current_vllm_config(self.vllm_config), received_tensors(manifest, version) as tensors:
+            initialize_layerwise_reload(model)
+            loaded = model.load_weights(tensors)
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+            if missing := sorted(expected - loaded):
+                raise WorkerError(f"weights version {version} lack {len(missing)} parameters of the engine, for instance {missing[:3]}")
+            refresh_tied_heads(model, loaded)
+
+
+def refresh_tied_heads(model: Any, loaded: Iterable[str]) -> None:
+    """Packs anew the heads that share the embedding's weight: on CPUs they compute with a packed copy, which the reload leaves stale."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [module for _, module in model.named_modules() if isinstance(module, VocabParallelEmbedding)]
+    addresses = {table.weight.data_ptr() for table in tables if not isinstance(table, ParallelLMHead)}
+    for name, head in model.named_modules():
+        if not isinstance(head, ParallelLMHead) or f"{name}.weight" in loaded:
+            continue
+        if head.weight.data_ptr() not in addresses:
+            raise WorkerError(f"the output head {name} was neither in the weight update nor tied to an embedding: it would be stale")
+        head.quant_method.process_weights_after_loading(head)
+
+
+def read_eos_ids(model_path: str) -> list[int]:
+    """The token ids that end a completion, from ``generation_config.json``, ``config.json`` and the tokenizer of a model; may be empty."""
+
+    def read(name: str) -> dict[str, Any]:
+        path = _cached(model_path, name)
+        return json.loads(Path(path).read_text()) if path else {}
+
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        found = read(name).get("eos_token_id")
+        ids.update([found] if isinstance(found, int) else found or [])
+    eos = read("tokenizer_config.json").get("eos_token")
+    text = eos["content"] if isinstance(eos, dict) else eos
+    ids.update(token["id"] for token in read("tokenizer.json").get("added_tokens", []) if token["content"] == text)
+    return sorted(ids)
+
+
+def _cached(model_path: str, name: str) -> str | None:
+    """A file of a model folder or of a hub model that the engine may load; None if there is no such file."""
+    from transformers.utils import cached_file
+
+    return cached_file(model_path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)

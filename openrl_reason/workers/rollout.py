@@ -1,0 +1,398 @@
+"""A pool of vLLM engines as Ray actors: requests in, completions streaming out, dead engines replaced.
+
+The driver pumps: each busy engine always has two `pump` calls in flight, so that it never waits for the driver, and the driver sees results
+(and signs of life) about every `PUMP_SECONDS`. Requests are assigned to engines by a rule that depends on submission order alone.
+
+Failure: an engine that dies, raises, or leaves a call unanswered for ``request_timeout_s`` is killed and replaced by a new one, which gets
+the current weights and the requests that its predecessor had not returned. A request is forgotten only when its completion has arrived,
+and nothing of a replaced engine is read any more: each request completes exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from openrl_reason.core.seeds import content_id
+from openrl_reason.environment import require
+from openrl_reason.errors import ConfigError, OpenRLError, WorkerError
+from openrl_reason.workers.engine import RolloutEngine
+from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, SamplingConfig, check_request
+from openrl_reason.workers.weight_sync import Manifest, Sender, host_identity, make_sender
+
+__all__ = ["Completion", "Request", "RolloutConfig", "RolloutEngine", "RolloutPool", "SamplingConfig"]
+
+PUMP_SECONDS = 0.1
+CALLS_IN_FLIGHT = 2
+
+
+class PlacesActors(Protocol):
+    """What the pool needs of ``workers.placement.Placement``."""
+
+    def actor_options(self, role: str, index: int) -> dict[str, Any]:
+        """Options for ``ActorClass.options(...)``."""
+        ...
+
+
+class PublishesWeights(Protocol):
+    """What the pool needs of ``workers.model_group.ModelGroup``."""
+
+    def publish_weights(self, sender: Sender, version: int) -> Manifest:
+        """Runs ``sender.send`` on the weights in the process of rank 0."""
+        ...
+
+
+class EngineActor:
+    """`RolloutEngine` as a Ray actor."""
+
+    def start(self, config: RolloutConfig, model_path: str, version: int, seed: int) -> None:
+        """Makes the engine. Not in ``__init__``, so that what goes wrong arrives as itself and not as a dead actor."""
+        self._engine = RolloutEngine(config, model_path, version=version, seed=seed)
+
+    def describe(self) -> dict[str, Any]:
+        """Process, host and log of this actor."""
+        import ray
+
+        context = ray.get_runtime_context()
+        folder = os.path.join(context.get_temp_dir(), context.get_session_name(), "logs")
+        log = os.path.join(folder, f"worker-{context.get_worker_id()}-{context.get_job_id()}-{os.getpid()}.err")
+        return {"pid": os.getpid(), "host": host_identity(), "log": log}
+
+    def pump(self, requests: list[Request], max_seconds: float) -> tuple[list[Completion], float]:
+        """What finished, and the seconds this call worked."""
+        before = self._engine.seconds_busy
+        completions = self._engine.pump(requests, max_seconds)
+        return completions, self._engine.seconds_busy - before
+
+    def load_weights(self, manifest: Manifest, version: int) -> float:
+        """Seconds that the load took."""
+        started = time.perf_counter()
+        self._engine.load_weights(manifest, version)
+        return time.perf_counter() - started
+
+    def abort_all(self) -> None:
+        """See `RolloutEngine.abort_all`."""
+        self._engine.abort_all()
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self._engine.wake()
+
+
+@dataclass
+class _Call:
+    """A remote call whose answer has not been read."""
+
+    kind: str
+    answer_ref: Any
+
+
+@dataclass
+class _Seat:
+    """One engine's place in the pool; the actor on it may be replaced."""
+
+    index: int
+    actor: Any = None
+    about: dict[str, Any] = field(default_factory=dict)
+    """Process, host and log of the actor, known once it has started."""
+    calls: deque[_Call] = field(default_factory=deque)
+    """In order: an actor answers in order too."""
+    waiting_since: float = 0.0
+    """When the first of ``calls`` was first seen waiting."""
+    unsent: list[Request] = field(default_factory=list)
+    """Assigned, and not yet sent to the actor."""
+    unfinished: dict[str, Request] = field(default_factory=dict)
+    """Assigned, and not completed: what a successor has to do."""
+    seconds_busy: float = 0.0
+    restarts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"engine-{self.index}"
+
+
+class RolloutPool:
+    """Engines that serve requests and take weight updates. A context manager; `close` ends the actors.
+
+    Args:
+        config: engine settings.
+        model_path: folder with the first weights, readable by every engine.
+        placement: says where actors go.
+        version: version of those weights.
+        seed: seed of the engines themselves; requests bring their own.
+
+    Raises:
+        WorkerError: an engine does not start.
+    """
+
+    def __init__(self, config: RolloutConfig, model_path: str, *, placement: PlacesActors, version: int = 0, seed: int = 0) -> None:
+        self._ray = require("ray", "to run engines as actors")
+        self.config, self.model_path = config, str(model_path)
+        self._placement, self._first_version, self._seed = placement, version, seed
+        self.version = version
+        self._manifest: Manifest | None = None
+        self._sender: Sender | None = None
+        self._engine_of_group: dict[str, int] = {}
+        self._assigned = [0] * config.num_engines
+        self._counts: Counter[str] = Counter(requests=0, completed=0, restarts=0, resubmitted=0)
+        self._counts.update(prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=0)
+        self._seats = [_Seat(index) for index in range(config.num_engines)]
+        try:
+            for seat in self._seats:
+                self._start(seat)
+            self._settle()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- requests ---
+
+    def generate(self, requests: Iterable[Request] = ()) -> Iterator[Completion]:
+        """Completions of ``requests``, and of what is `submit`\\ ted meanwhile, as they finish.
+
+        Ending the iteration early (``break``, an exception, Ctrl-C) drops the requests that are left.
+
+        Raises:
+            ConfigError: a request cannot be served; nothing has been submitted then.
+            WorkerError: an engine failed more than ``max_restarts`` times.
+        """
+        self.submit(requests)
+        return self._stream()
+
+    def _stream(self) -> Iterator[Completion]:
+        try:
+            while self.num_unfinished:
+                yield from self._poll()
+        finally:
+            if self.num_unfinished:
+                self.abort_all()
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Adds requests, to be answered by the running (or next) `generate`.
+
+        Requests of one group (of one prompt, where ``group`` is None) go to the engine that has the group already; a new group goes to the
+        engine that has been given the fewest requests so far.
+
+        Raises:
+            ConfigError: a request cannot be served, or its id is in use; nothing has been submitted then.
+        """
+        requests = list(requests)
+        taken = {request_id for seat in self._seats for request_id in seat.unfinished}
+        for request in requests:
+            check_request(request, self.config)
+            if request.request_id in taken:
+                raise ConfigError(f"request id {request.request_id!r} is in use: ids must be unique among unfinished requests")
+            taken.add(request.request_id)
+        for request in requests:
+            group = request.group if request.group is not None else content_id(str(request.prompt_ids))
+            if group not in self._engine_of_group:
+                self._engine_of_group[group] = min(range(len(self._seats)), key=lambda index: (self._assigned[index], index))
+            seat = self._seats[self._engine_of_group[group]]
+            self._assigned[seat.index] += 1
+            seat.unsent.append(request)
+            seat.unfinished[request.request_id] = request
+        self._counts["requests"] += len(requests)
+        for seat in self._seats:
+            self._feed(seat)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+        return sum(len(seat.unfinished) for seat in self._seats)
+
+    def abort_all(self) -> None:
+        """Drops every unfinished request, without waiting for the engines."""
+        for seat in self._seats:
+            seat.calls = deque(call for call in seat.calls if call.kind != "pump")
+            if seat.unfinished and seat.actor is not None:
+                seat.calls.append(_Call("abort", seat.actor.abort_all.remote()))
+            seat.unsent.clear()
+            seat.unfinished.clear()
+        self._forget_groups()
+
+    def _forget_groups(self) -> None:
+        self._engine_of_group.clear()
+        self._assigned = [0] * len(self._seats)
+
+    # --- calls to the engines ---
+
+    def _start(self, seat: _Seat) -> None:
+        seat.about = {}
+        options = {"name": f"{seat.name}-{os.urandom(3).hex()}", "max_restarts": 0} | self._placement.actor_options("engine", seat.index)
+        seat.actor = self._ray.remote(EngineActor).options(**options).remote()
+        seat.calls = deque([_Call("describe", seat.actor.describe.remote())])
+        seat.calls.append(_Call("start", seat.actor.start.remote(self.config, self.model_path, self._first_version, self._seed)))
+        seat.waiting_since = time.monotonic()
+        if self._manifest is not None:
+            seat.calls.append(_Call("load", seat.actor.load_weights.remote(self._manifest, self.version)))
+        self._feed(seat)
+
+    def _feed(self, seat: _Seat) -> None:
+        if not seat.calls:
+            seat.waiting_since = time.monotonic()
+        while seat.unfinished and sum(call.kind == "pump" for call in seat.calls) < CALLS_IN_FLIGHT:
+            seat.calls.append(_Call("pump", seat.actor.pump.remote(seat.unsent, PUMP_SECONDS)))
+            seat.unsent = []
+
+    def _poll(self) -> list[Completion]:
+        """Waits until some engine answers or a deadline may have passed; reads the answers."""
+        completions: list[Completion] = []
+        heads = {seat.calls[0].answer_ref: seat for seat in self._seats if seat.calls}
+        ready, waiting = self._ray.wait(list(heads), num_returns=1, timeout=min(1.0, self.config.request_timeout_s / 4))
+        if waiting:
+            ready += self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        for ref in ready:
+            completions += self._read(heads.pop(ref))
+        for seat in heads.values():
+            waited = time.monotonic() - seat.waiting_since
+            limit = self.config.start_timeout_s if seat.calls[0].kind in ("describe", "start") else self.config.request_timeout_s
+            if waited > limit:
+                self._replace(seat, f"hung: no answer to {seat.calls[0].kind!r} for {waited:.0f} s")
+        return completions
+
+    def _read(self, seat: _Seat) -> list[Completion]:
+        call = seat.calls.popleft()
+        seat.waiting_since = time.monotonic()
+        try:
+            answer = self._ray.get(call.answer_ref)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, OpenRLError):  # our own refusal: a new engine would answer alike
+                raise type(error.cause)(f"{seat.name}: {error.cause}; log: {self._log(seat)}") from error
+            if call.kind == "start" and not seat.restarts:
+                raise WorkerError(f"{seat.name} did not start: {_first_line(error.cause)}; log: {self._log(seat)}") from error
+            self._replace(seat, f"{call.kind} raised {type(error.cause).__name__}: {_first_line(error.cause)}")
+            return []
+        except self._ray.exceptions.RayError as error:
+            self._replace(seat, f"died in {call.kind}: {_first_line(error)}")
+            return []
+        completions: list[Completion] = []
+        if call.kind == "describe":
+            seat.about = answer
+        elif call.kind == "pump":
+            completions, seconds = answer
+            seat.seconds_busy += seconds
+            for completion in completions:
+                self._count(seat.unfinished.pop(completion.request_id), completion)
+        self._feed(seat)
+        return completions
+
+    def _count(self, request: Request, completion: Completion) -> None:
+        self._counts["completed"] += 1
+        self._counts["prompt_tokens"] += len(request.prompt_ids)
+        self._counts["cached_prompt_tokens"] += completion.num_cached_tokens
+        self._counts["generated_tokens"] += len(completion.token_ids)
+
+    def _settle(self) -> list[Completion]:
+        """Reads answers until no call is open. Without unfinished requests none brings completions."""
+        completions: list[Completion] = []
+        while any(seat.calls for seat in self._seats):
+            completions += self._poll()
+        return completions
+
+    def _replace(self, seat: _Seat, cause: str) -> None:
+        log = self._log(seat)
+        self._kill(seat)
+        seat.restarts += 1
+        if seat.restarts > self.config.max_restarts:
+            limit = self.config.max_restarts
+            raise WorkerError(f"{seat.name} failed {seat.restarts} times (rollout.max_restarts {limit}): {cause}; log: {log}")
+        self._counts["restarts"] += 1
+        self._counts["resubmitted"] += len(seat.unfinished) - len(seat.unsent)
+        seat.unsent = list(seat.unfinished.values())
+        self._start(seat)
+
+    def _kill(self, seat: _Seat) -> None:
+        if seat.actor is None:
+            return
+        if seat.about.get("host") == host_identity():
+            try:
+                os.kill(seat.about["pid"], signal.SIGKILL)  # Ray asks the process to end, which a stopped one never does
+            except ProcessLookupError:
+                pass
+        self._ray.kill(seat.actor)
+        seat.actor = None
+        seat.calls.clear()
+
+    def _log(self, seat: _Seat) -> str:
+        return seat.about.get("log", "(it had not started; see the logs folder of the Ray session)")
+
+    # --- weights, sleep, end ---
+
+    def sync_weights(self, model_group: PublishesWeights, version: int) -> dict[str, float]:
+        """Gives the engines the weights of ``model_group`` as ``version``, and empties their prefix caches.
+
+        Returns:
+            seconds: ``sync/publish`` (packing, at the trainer), ``sync/load`` (in vLLM, the slowest engine), ``sync/total``.
+
+        Raises:
+            ConfigError: requests are unfinished.
+            WorkerError: versions or checksums differ, a weight is missing, or an engine failed more than ``max_restarts`` times.
+        """
+        if self.num_unfinished:
+            raise ConfigError(f"{self.num_unfinished} requests are unfinished: finish or abort them before new weights are loaded")
+        started = time.perf_counter()
+        self._settle()
+        if self._sender is None:
+            hosts = {seat.about["host"] for seat in self._seats}
+            transport, checksum = self.config.weight_transport, self.config.sync_checksum
+            self._sender = make_sender(transport, dtype=self.config.dtype, checksum=checksum, engine_hosts=hosts)
+        manifest = model_group.publish_weights(self._sender, version)
+        if manifest.version != version:
+            raise WorkerError(f"the trainer published weights version {manifest.version}, but version {version} was asked for")
+        published = time.perf_counter()
+        self._manifest, self.version = manifest, version
+        self._forget_groups()
+        for seat in self._seats:
+            seat.waiting_since = time.monotonic()
+            seat.calls.append(_Call("load", seat.actor.load_weights.remote(manifest, version)))
+        self._settle()
+        ended = time.perf_counter()
+        return {"sync/publish": published - started, "sync/load": ended - published, "sync/total": ended - started}
+
+    def sleep(self) -> None:
+        """Frees the GPUs for the trainer; on CPUs does nothing."""
+        self._everywhere("sleep")
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        self._everywhere("wake")
+
+    def _everywhere(self, method: str) -> None:
+        self._settle()
+        for seat in self._seats:
+            seat.waiting_since = time.monotonic()
+            seat.calls.append(_Call(method, getattr(seat.actor, method).remote()))
+        self._settle()
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start: requests, completed, restarts, resubmitted, prompt_tokens, cached_prompt_tokens, generated_tokens,
+        ``seconds_busy_max`` (of the busiest engine) and ``seconds_busy/engine-<i>``."""
+        busy = {f"seconds_busy/{seat.name}": seat.seconds_busy for seat in self._seats}
+        return dict(self._counts) | {"seconds_busy_max": max(busy.values())} | busy
+
+    def close(self) -> None:
+        """Kills the engines. Does not wait for them, and may be called twice."""
+        if self._ray.is_initialized():
+            for seat in self._seats:
+                self._kill(seat)
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
