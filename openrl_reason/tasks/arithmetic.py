@@ -17,7 +17,6 @@ level  problems                                                      example
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.errors import ConfigError
@@ -160,11 +159,10 @@ class ArithmeticTask(Task):
         rng = random.Random(derive_seed(self.config.seed, "arithmetic", split))
         seen: set[str] = set()
         items: list[TaskItem] = []
-        draw: Callable[[int, str], tuple[str, str, str] | None] = lambda level, style: generate_problem(rng, level, style)  # noqa: E731
         misses = 0
         while len(items) < size:
             level = self.config.levels[len(items) % len(self.config.levels)]
-            problem = draw(level, rng.choice(self.config.styles))
+            problem = generate_problem(rng, level, rng.choice(self.config.styles))
             if problem is None or problem[0] in seen or split_of(problem[0]) != split:
                 misses += 1
                 if misses > _MAX_MISSES:

@@ -31,7 +31,7 @@ class TaskConfig:
     name: str = "arithmetic"
     """arithmetic (generated), gsm8k, file (your own prompts and answers, see input_key), or path/to/file.py:ClassName."""
     train_path: str = ""
-    """Training data: a local .jsonl, .json, .csv or .parquet file or a hub name. Empty: the task's own (gsm8k: openai/gsm8k from the hub)."""
+    """Training data: a local .jsonl, .json, .csv or .parquet file, or a hub name. Empty: the task's own (gsm8k: the hub's openai/gsm8k)."""
     test_path: str = ""
     """Held-out data, as train_path."""
     levels: tuple[int, ...] = (1, 2)
@@ -174,7 +174,7 @@ class Task:
         raise ConfigError(f"task {self.name}: prompts are chat messages; set --task.apply_chat_template true")
 
     def encode_prompt(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the prompt. Special tokens (BOS) are added as the tokenizer does, except after a chat template, which holds its own."""
+        """Token ids of the prompt. BOS is added as the tokenizer does, except after a chat template, which holds its own."""
         text = self.prompt_text(item, tokenizer)
         ids = list(tokenizer(text, add_special_tokens=not self.config.apply_chat_template)["input_ids"])
         if not ids:
@@ -256,7 +256,8 @@ def load_task(config: TaskConfig) -> Task:
     if ":" in config.name:
         return _load_user_task(config)
     names = ("arithmetic", "gsm8k", "file")
-    raise ConfigError(f"task {config.name!r} is unknown; use {', '.join(names)} or path/to/file.py:ClassName{did_you_mean(config.name, names)}")
+    hint = did_you_mean(config.name, names)
+    raise ConfigError(f"task {config.name!r} is unknown; use {', '.join(names)} or path/to/file.py:ClassName{hint}")
 
 
 def _load_user_task(config: TaskConfig) -> Task:
@@ -272,7 +273,8 @@ def _load_user_task(config: TaskConfig) -> Task:
     spec.loader.exec_module(module)
     found = vars(module).get(class_name)
     if not (inspect.isclass(found) and issubclass(found, Task)):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task) and value is not Task]
+        members = vars(module).items()
+        classes = [name for name, value in members if inspect.isclass(value) and issubclass(value, Task) and value is not Task]
         listing = f"it has: {', '.join(classes)}" if classes else "it has no Task subclass at all"
         raise ConfigError(f"task {config.name!r}: {source} has no Task subclass {class_name!r}; {listing}{did_you_mean(class_name, classes)}")
     return found(config)

@@ -90,7 +90,7 @@ def final_number(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """Lenient reading, for models that were never taught the mark: as strict where there is a ``####``, else the last number in the text."""
+    """Lenient reading, for models never taught the mark: as strict where there is a ``####``, else the last number in the text."""
     if _MARK in text:
         return final_number(text)
     found = None
@@ -124,7 +124,7 @@ GRADERS: dict[str, Callable[[str, str], object]] = {
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError unless ``kind`` is built in or has the form ``module:function`` or ``path/to/file.py:function`` (nothing is imported)."""
+    """Raise ValueError unless ``kind`` is built in, ``module:function`` or ``path/to/file.py:function``. Nothing is imported."""
     source, colon, function = kind.rpartition(":")
     if kind in GRADERS:
         return

@@ -1,8 +1,8 @@
 """A pool of grading processes that can be killed.
 
 Model output is hostile input: a grader may loop forever in C, eat all memory or crash the interpreter. So every answer is graded in a
-separate process, and the *parent* enforces the deadline of each answer: a worker that is late is killed with all its children and replaced,
-which costs that one answer a counted ``timeout``. ``signal.alarm`` is not used anywhere (it works in the main thread only, and not inside C).
+separate process, and the *parent* enforces the deadline of each answer: a worker that is late is killed with all its children and
+replaced, which costs that one answer a counted ``timeout``. No ``signal.alarm``: it works in the main thread only, and not inside C.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class _Process:
         os.set_blocking(self._requests, False)
         search_path = [os.path.abspath(entry or os.getcwd()) for entry in sys.path]
         package_root = str(Path(__file__).resolve().parents[2])
-        self.setup = {"sys_path": [*search_path, package_root], "deadline_s": deadline_s, "load_timeout_s": load_timeout_s, "memory_mb": memory_mb}
+        self.setup = {
+            "sys_path": [*search_path, package_root], "deadline_s": deadline_s, "load_timeout_s": load_timeout_s, "memory_mb": memory_mb,
+        }  # fmt: skip
 
     def start(self, timeout_s: float) -> None:
         self.send(self.setup, timeout_s)
