@@ -36,9 +36,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str, mask: Tenso
 def kl_loss(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kind: str, denominator: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-   
-    """Sum of ``kl_penalty`` over ``mask`` / denominator (default: the number
-    of tokens in ``mask``). The caller multiplies by its coefficient.""" if denominator is None:
+    """Sum of ``kl_penalty`` over ``mask`` / denominator (default: tokens in ``mask``). The caller multiplies by its coefficient."""
+    if denominator is None:
         denominator = mask.sum().clamp(min=1)
     loss = kl_penalty(logprobs, ref_logprobs.detach(), kind=kind, mask=mask).sum() / denominator
     return loss, {"kl": loss.detach()}
@@ -70,8 +69,10 @@ class AdaptiveKL(FixedKL):
         self.target, self.horizon = target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """``kl``: mean KL of the last ``num_samples`` samples, in the unit of the target (per token or per sequence). A KL that is not finite
-        changes nothing; the clip also bounds one step's factor when ``num_samples`` exceeds the horizon."""
+        """``kl``: mean KL of the last ``num_samples`` samples, in the unit of the target (per token or per sequence).
+
+        A KL that is not finite changes nothing. One update counts for one horizon at most, so the factor stays within 0.8 .. 1.2.
+        """
         if kl != kl or kl in (float("inf"), float("-inf")):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)

@@ -69,11 +69,9 @@ def policy_loss(
 
     Raises ``ValueError`` for settings that cannot work.
     """
-   
-   
-   
-    _check_policy_settings(clip_low, clip_high, dual_clip, ratio_level, cu_seqlens, behaviour_logprobs,
-    importance_correction, importance_cap) if denominator is None:
+    _check_clips(clip_low, clip_high, dual_clip)
+    _check_levels(ratio_level, cu_seqlens, importance_correction, behaviour_logprobs, importance_cap)
+    if denominator is None:
         denominator = mask.sum().clamp(min=1)
     log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
     if ratio_level == "sequence":
@@ -96,11 +94,14 @@ def policy_loss(
     return loss, metrics
 
 
-def _check_policy_settings(clip_low, clip_high, dual_clip, ratio_level, cu_seqlens, behaviour_logprobs, importance_correction, importance_cap):
+def _check_clips(clip_low, clip_high, dual_clip):
     if not 0.0 <= clip_low <= 1.0 or clip_high < 0.0:
         raise ValueError(f"clip_low ({clip_low}) must lie in [0, 1] and clip_high ({clip_high}) must not be negative")
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"dual_clip must exceed 1, it is {dual_clip}")
+
+
+def _check_levels(ratio_level, cu_seqlens, importance_correction, behaviour_logprobs, importance_cap):
     if ratio_level not in ("token", "sequence"):
         raise ValueError(f"ratio_level must be 'token' or 'sequence', it is {ratio_level!r}")
     if ratio_level == "sequence" and cu_seqlens is None:
@@ -213,8 +214,8 @@ def sft_loss(
     * "sequence": mean of each sequence, then / number of sequences (every sequence weighs the same);
     * "batch": sum over tokens / number of sequences (a sequence's likelihood).
 
-    ``denominator`` is that number over the global batch. "sequence" needs ``cu_seqlens`` [B+1], "batch" needs it or the denominator. ``token_weights`` [N]
-    multiply the terms and leave counts and lengths alone.
+    ``denominator`` is that number over the global batch. "sequence" needs ``cu_seqlens`` [B+1], "batch" needs it or the denominator.
+    ``token_weights`` [N] multiply the terms and leave counts and lengths alone.
     """
     if reduction not in ("token", "sequence", "batch"):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'batch', it is {reduction!r}")
