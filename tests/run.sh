@@ -22,6 +22,8 @@ if [ "$(cat "$venv/.openrl-device")" = cpu ]; then export DS_ACCELERATOR=cpu; fi
 
 if [ $# -eq 0 ]; then set -- -m "not slow"; fi
 
-ruff check .
-# One test may take ten minutes, even a slow one; one that hangs is ended with the stacks of all threads.
-exec python -m pytest --timeout=600 "$@"
+status=0
+ruff check . || status=$?
+# One test may take ten minutes, even a slow one; then it fails with the stacks of all threads. pytest comes last: its closing line ends the output.
+python -m pytest --timeout=600 "$@" || status=$?
+exit "$status"
