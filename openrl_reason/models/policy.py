@@ -1,0 +1,113 @@
+"""A causal language model that scores packed sequences: token ids in, log-probabilities out, no [N, vocabulary] tensor on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from openrl_reason.core.logprobs import shifted_token_logprobs
+from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.models.attention import packed_forward_kwargs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class ModelOutput:
+    """What a model says about a packed micro-batch. Every tensor is flat, [N]; entry t belongs to token t."""
+
+    logprobs: Tensor | None = None
+    """log p(token_t | tokens before it), 0.0 at the first token of each sequence."""
+    entropy: Tensor | None = None
+    """Entropy in nats of the distribution token t was drawn from; None unless asked for."""
+    values: Tensor | None = None
+    """Value of the state before token t; None for a policy."""
+
+
+class TokenScoringHead(nn.Linear):
+    """The output head, scoring given tokens instead of returning logits.
+
+    It *owns* the weight, so that ZeRO-3 gathers it around this module's forward and backward, tied to the embeddings or not.
+    """
+
+    chunk_tokens = 128
+
+    @classmethod
+    def replacing(cls, head: nn.Module, chunk_tokens: int) -> TokenScoringHead:
+        """A scoring head around the parameters (the very objects) of ``head``."""
+        if type(head) is not nn.Linear:
+            raise ConfigError(f"the model's output head is a {type(head).__name__}; only a plain linear head can be scored in chunks")
+        scoring = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        scoring.weight, scoring.bias, scoring.chunk_tokens = head.weight, head.bias, chunk_tokens
+        return scoring
+
+    def forward(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        cu_seqlens: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        score_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        result = shifted_token_logprobs(
+            hidden,
+            self.weight,
+            token_ids,
+            cu_seqlens,
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+            with_entropy=with_entropy,
+            bias=self.bias,
+            score_mask=score_mask,
+        )
+        return result if with_entropy else (result, None)
+
+
+class LanguageModel(nn.Module):
+    """Wraps a transformers causal language model for packed scoring. Its head is replaced in place by a ``TokenScoringHead``."""
+
+    def __init__(self, model: PreTrainedModel, *, attn_impl: str, head_chunk_tokens: int = 128):
+        super().__init__()
+        self.model = model
+        self.attn_impl = attn_impl
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        model.set_output_embeddings(TokenScoringHead.replacing(model.get_output_embeddings(), head_chunk_tokens))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        cu_seqlens: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        score_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """token_ids [N], cu_seqlens [B+1] -> (logprobs [N], entropy [N] or None), both float32.
+
+        ``logprobs[t]`` = log p(token_t | tokens before it in its sequence) of softmax(logits / temperature); 0.0 at a sequence's first token
+        and, with ``score_mask`` bool [N], at tokens that it leaves out (prompts, for instance: the head does not work for them).
+        Raises DataError for a sequence longer than the model's positions.
+        """
+        hidden = self.hidden_states(token_ids, cu_seqlens)
+        return self.model.get_output_embeddings()(hidden, token_ids, cu_seqlens, temperature, with_entropy, score_mask)
+
+    def hidden_states(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The decoder's final hidden states, [N, H]."""
+        lengths = cu_seqlens.diff()
+        longest = int(lengths.max())
+        if self.max_positions is not None and longest > self.max_positions:
+            raise DataError(f"a sequence has {longest} tokens, but the model has {self.max_positions} positions (max_position_embeddings)")
+        position_ids = torch.arange(token_ids.shape[0], device=token_ids.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+        decoder = self.model.get_decoder()
+        output = decoder(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            **packed_forward_kwargs(cu_seqlens, self.attn_impl),
+        )
+        return output.last_hidden_state[0]

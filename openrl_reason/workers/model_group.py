@@ -1,0 +1,334 @@
+"""A model on N Ray actors, driven as if it were one object: global batches in, flat tensors in the same order out."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from openrl_reason.core.batch import TokenBatch, unsplit_tokens
+from openrl_reason.core.partition import plan_micro_batches
+from openrl_reason.errors import OpenRLError, WorkerError
+from openrl_reason.workers.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from openrl_reason.workers.model_worker import LossFunction
+
+_GRACE_S = 3.0
+"""After a first failure, how long to wait for one that explains it: a dead rank breaks its neighbours' collectives."""
+
+_INHERITED_ENVIRONMENT = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
+
+
+class Placement(Protocol):
+    def actor_options(self, role: str, index: int) -> dict[str, Any]: ...
+
+
+class AnyPlacement:
+    """Lets Ray put every rank where it likes, with the given resources."""
+
+    def __init__(self, num_cpus: float = 1.0, num_gpus: float = 0.0):
+        self.options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+
+    def actor_options(self, role: str, index: int) -> dict[str, Any]:
+        return dict(self.options)
+
+
+class _ModelActor:
+    """What runs in each Ray actor: a shell around ModelWorker, which is only imported here."""
+
+    def describe(self) -> dict[str, Any]:
+        import socket
+
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        # Ray redirects a worker's stderr to its log, so the link is the log's path.
+        return {"pid": os.getpid(), "address": address, "port": port, "log": os.readlink("/proc/self/fd/2")}
+
+    def start(self, config: ModelConfig, environment: dict[str, str], rank_0: dict[str, Any], **kwargs: Any) -> None:
+        os.environ.update(environment)
+        os.environ["OMP_NUM_THREADS"] = str(config.threads_per_rank)
+        from openrl_reason.workers.model_worker import ModelWorker
+
+        self.worker = ModelWorker(config, master_addr=rank_0["address"], master_port=rank_0["port"], **kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.worker, method)(*args, **kwargs)
+
+
+@dataclass
+class PendingLogprobs:
+    """Log-probabilities under way. ``result()`` waits for them."""
+
+    group: ModelGroup
+    batch: TokenBatch
+    plan: list[list[list[int]]]
+    refs: list[Any]
+
+    def result(self) -> dict[str, Tensor]:
+        per_rank = self.group._gather(self.refs, "logprobs")
+        pieces = [piece for rank_pieces in per_rank for piece in rank_pieces]
+        index_lists = [indices for rank_plan in self.plan for indices in rank_plan]
+        return {name: unsplit_tokens([piece[name] for piece in pieces], index_lists, self.batch) for name in pieces[0]}
+
+
+class ModelGroup:
+    """N ranks of one model. Any method may raise WorkerError: then all ranks are gone, and the message says which one failed, why, and
+    where its log lies. Errors that are the user's to mend (ConfigError, DataError, CheckpointError) come through as they are.
+    """
+
+    def __init__(self, config: ModelConfig, role: str, actors: list[Any], timeout_s: float):
+        self.config, self.role, self.timeout_s = config, role, timeout_s
+        self._actors, self._names = actors, [f"{role}-rank{rank}" for rank in range(len(actors))]
+        self._info: list[dict[str, Any]] = [{} for _ in actors]
+        self._describing: list[Any] = []
+        self._starting: list[Any] = []
+        self._failure: str | None = None
+
+    @classmethod
+    def start(
+        cls,
+        config: ModelConfig,
+        *,
+        role: str = "policy",
+        placement: Placement | None = None,
+        seed: int = 0,
+        total_steps: int | None = None,
+        timeout_s: float = 1800.0,
+        wait: bool = True,
+    ) -> ModelGroup:
+        """Starts ``config.num_ranks`` actors named ``<role>-rank<i>`` and loads the model in each. ``total_steps=None``: never trained.
+
+        ``timeout_s``: a call that no rank finishes within this time counts as hung. ``wait=False`` returns while the ranks still load, so
+        that several groups and engines load at once; ``ready()``, or the first call, waits for them.
+        """
+        import ray
+
+        placement = placement or AnyPlacement()
+        remote_class = ray.remote(_ModelActor)
+        actors = []
+        for rank in range(config.num_ranks):
+            options = {"name": f"{role}-rank{rank}", "max_restarts": 0} | placement.actor_options(role, rank)
+            actors.append(remote_class.options(**options).remote())
+        group = cls(config, role, actors, timeout_s)
+        group._describing = [actor.describe.remote() for actor in actors]
+        environment = {name: os.environ[name] for name in _INHERITED_ENVIRONMENT if name in os.environ}
+        group._starting = [
+            # Ray hands rank 0's description on to every rank; the driver need not wait for it.
+            actor.start.remote(
+                config, environment, group._describing[0], rank=rank, world_size=len(actors), seed=seed, total_steps=total_steps, role=role,
+                timeout_s=timeout_s,
+            )
+            for rank, actor in enumerate(actors)
+        ]  # fmt: skip
+        if wait:
+            group.ready()
+        return group
+
+    def ready(self) -> None:
+        """Returns when every rank has loaded its model."""
+        if self._starting:
+            starting, self._starting = self._starting, []
+            self._info = self._gather(self._describing, "start")
+            self._gather(starting, "start")
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self._actors)
+
+    # ---- running and training ------------------------------------------------------------------------------------------------------
+
+    def logprobs(
+        self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
+    ) -> dict[str, Tensor]:
+        """``{"logprobs": float32 [N]}``, with ``with_entropy`` also ``"entropy"``, in the order of ``batch``. See LanguageModel."""
+        return self.logprobs_async(batch, temperature, with_entropy, adapters=adapters).result()
+
+    def logprobs_async(
+        self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
+    ) -> PendingLogprobs:
+        """The same, started now and waited for later: a reference model can score while others still generate."""
+        # Scoring needs the tokens alone; nothing else travels.
+        bare = TokenBatch(batch.token_ids, batch.cu_seqlens, batch.action_mask, batch.step_ids, batch.behaviour_logprobs)
+        plan = self._plan(bare)
+        refs = [
+            actor.call.remote("logprobs", bare.split(rank_plan), temperature, with_entropy, adapters=adapters)
+            for actor, rank_plan in zip(self._alive(), plan, strict=True)
+        ]
+        return PendingLogprobs(self, bare, plan, refs)
+
+    def update(
+        self,
+        batch: TokenBatch,
+        loss_fn: LossFunction,
+        denominators: dict[str, float],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> dict[str, float]:
+        """One optimiser step on the whole batch, however it is cut. Returns ModelWorker.update's metrics, global over the batch."""
+        plan = self._plan(batch)
+        refs = [
+            actor.call.remote("update", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy)
+            for actor, rank_plan in zip(self._alive(), plan, strict=True)
+        ]
+        return self._gather(refs, "update")[0]
+
+    def _plan(self, batch: TokenBatch) -> list[list[list[int]]]:
+        return plan_micro_batches(batch.lengths.tolist(), self.num_ranks, self.config.tokens_per_micro_batch)
+
+    # ---- weights and checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str | Path, step: int | None = None) -> None:
+        """Every rank writes its files into ``folder`` (on a file system that all nodes share)."""
+        self._call_all("save_state", str(folder), step)
+
+    def load_state(self, folder: str | Path) -> int:
+        """Restores every rank; returns the number of optimiser steps taken. Raises CheckpointError if the checkpoint does not fit."""
+        return self._call_all("load_state", str(folder))[0]
+
+    def export_hf(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Writes a folder that ``from_pretrained`` and vLLM load as it is."""
+        self._call_all("export_hf", str(folder), dtype)
+
+    def publish_weights(self, sender: Any, version: int) -> Any:
+        """Rank 0 sends all weights through ``sender.send(named tensors, version)``; returns the manifest that it returned."""
+        return self._call_all("publish_weights", sender, version)[0]
+
+    def copy_weights_from(self, other: ModelGroup) -> None:
+        """Takes over the weights of a group of the same architecture (reference refresh), through the object store; LoRA arrives merged."""
+        refs = [actor.call.remote("collect_weights") for actor in other._alive()]
+        # The weights stay in the object store: only their reference passes through the driver.
+        loads = [actor.call.remote("load_collected", refs[0]) for actor in self._alive()]
+        other._wait(refs, "collect_weights")
+        self._gather(loads, "load_collected")
+
+    def offload(self) -> None:
+        """Leaves the GPU to someone else. Nothing on a CPU."""
+        self._call_all("offload")
+
+    def reload(self) -> None:
+        """Undoes ``offload``."""
+        self._call_all("reload")
+
+    def shutdown(self) -> None:
+        """Ends all ranks, and returns when their names are free again."""
+        self._failure = self._failure or "it was shut down"
+        self._kill()
+
+    # ---- calls and failures --------------------------------------------------------------------------------------------------------
+
+    def _alive(self) -> list[Any]:
+        self.ready()
+        if self._failure is not None:
+            raise WorkerError(f"the {self.role} group is gone: {self._failure}")
+        return self._actors
+
+    def _call_all(self, method: str, *args: Any) -> list[Any]:
+        return self._gather([actor.call.remote(method, *args) for actor in self._alive()], method)
+
+    def _gather(self, refs: Sequence[Any], what: str) -> list[Any]:
+        import ray
+
+        self._wait(refs, what)
+        return ray.get(list(refs))
+
+    def _wait(self, refs: Sequence[Any], what: str) -> None:
+        """Returns when all ``refs`` (one per rank) are done; the first failure kills the group and raises."""
+        import ray
+
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=self.timeout_s, fetch_local=False)
+            if not done:
+                stuck = ", ".join(self._names[refs.index(ref)] for ref in pending)
+                self._fail(f"{stuck} did not finish {what} within {self.timeout_s:.0f} s", refs.index(pending[0]))
+            if _error_of(done[0]) is not None:
+                ray.wait(pending, num_returns=len(pending), timeout=_GRACE_S, fetch_local=False) if pending else None
+                self._raise_first_cause(refs, what)
+
+    def _raise_first_cause(self, refs: Sequence[Any], what: str) -> None:
+        import ray
+
+        finished = set(ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0])
+        failures = [(rank, error) for rank, ref in enumerate(refs) if ref in finished and (error := _error_of(ref)) is not None]
+        rank, error = min(failures, key=lambda failure: _severity(failure[1]))
+        if isinstance(error, OpenRLError):
+            self._failure = str(error)
+            self._kill()
+            raise error
+        cause = _death(error) if isinstance(error, ray.exceptions.RayActorError) else f"{type(error).__name__}: {_first_line(error)}"
+        self._fail(f"{self._names[rank]} failed in {what}: {cause}", rank)
+
+    def _fail(self, message: str, rank: int) -> None:
+        log = self._info[rank].get("log", "see the Ray session's logs folder")
+        self._failure = f"{message}. Its log: {log}"
+        self._kill()
+        raise WorkerError(self._failure)
+
+    def _kill(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            return
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        deadline = time.monotonic() + 10.0
+        for name in self._names:
+            while time.monotonic() < deadline and _is_named_actor(name):
+                time.sleep(0.02)
+
+
+def _error_of(ref: Any) -> Exception | None:
+    """The exception a finished call ended with: what the rank raised, or that the actor died."""
+    import ray
+
+    try:
+        ray.get(ref, timeout=0)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if error.cause is not None else error
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+def _severity(error: Exception) -> int:
+    """A death explains broken collectives, and so does an error of ours; a broken collective explains nothing."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        return 0
+    if isinstance(error, OpenRLError):
+        return 1
+    words = ("gloo", "nccl", "connection", "peer")
+    return 3 if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words) else 2
+
+
+def _death(error: Exception) -> str:
+    """Ray's account of an actor's death, in one line and without its general advice."""
+    found = re.search(r"exit type: (\w+).*?exit detail: (.*?)(?: Some common causes|\. |$)", str(error), re.DOTALL)
+    return "the process died, or was killed" + (f" ({found[1]}: {found[2].strip()})" if found else "")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"
+
+
+def _is_named_actor(name: str) -> bool:
+    import ray
+
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True

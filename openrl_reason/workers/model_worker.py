@@ -1,0 +1,355 @@
+"""One rank of a model group: a plain class around a DeepSpeed engine, usable in any process, with or without Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from openrl_reason.errors import ConfigError
+from openrl_reason.models.attention import choose_attention
+from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from openrl_reason.models.policy import LanguageModel, ModelOutput
+from openrl_reason.workers.deepspeed_engine import build_engine, clips_itself, gathered, init_process_group
+from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig, learning_rate
+
+if TYPE_CHECKING:
+    from openrl_reason.core.batch import TokenBatch
+
+logger = logging.getLogger(__name__)
+
+LossFunction = Callable[[ModelOutput, "TokenBatch", dict[str, float]], tuple[Tensor, dict[str, Any]]]
+"""(outputs, micro_batch, denominators) -> (loss, metrics). The loss is a contribution to the global loss: a sum over the micro-batch,
+divided by a denominator of the whole batch. Metrics add up over micro-batches and ranks, unless their names end in ``/max`` or ``/min``."""
+
+GATHER_BYTES = 256 << 20
+"""ZeRO-3 makes about this many bytes of parameters whole at a time when weights are published or exported."""
+
+
+class ModelWorker:
+    """One data-parallel rank. Every method is called on all ranks alike, with the same number of micro-batches.
+
+    ``total_steps``: optimiser steps of the whole run, which the learning-rate schedule needs; None: the model is only run. ``seed`` draws
+    the LoRA initialisation (alike on all ranks) and dropout (different on each).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 0,
+        seed: int = 0,
+        total_steps: int | None = None,
+        role: str = "policy",
+        timeout_s: float = 1800.0,
+    ):
+        torch.set_num_threads(config.threads_per_rank)
+        self.config, self.rank, self.world_size, self.role = config, rank, world_size, role
+        self.total_steps, self.step, self.trained = total_steps, 0, total_steps is not None
+        if self.trained and not isinstance(config, TrainedModelConfig):
+            raise ConfigError(f"the {role} model is to be trained, so its config must be a TrainedModelConfig, not {type(config).__name__}")
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        self.tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+        self.model = self._build_model()
+        self.engine = None
+        if self.trained or config.zero_stage == 3:
+            init_process_group(rank, world_size, master_addr, master_port, self.device, timeout_s)
+            engine_config = config if self.trained else _inference_config(config)
+            self.engine = build_engine(self.model, engine_config, self.device, self.model.model.config.hidden_size)
+        else:
+            # Without an optimiser and without partitioned parameters, DeepSpeed has nothing to add.
+            self.model.to(self.device).requires_grad_(False)
+        torch.manual_seed(seed * 1_000_003 + rank + 1)
+
+    def _build_model(self) -> LanguageModel:
+        config = self.config
+        attn_impl = choose_attention(config.attention, self.device)
+        model = load_causal_lm(config.path, config.dtype, attn_implementation=attn_impl, trust_remote_code=config.trust_remote_code)
+        check_vocabulary(self.tokenizer, model.config, config.path)
+        if isinstance(config, TrainedModelConfig) and config.lora.rank:
+            from openrl_reason.models.lora import add_lora
+
+            add_lora(model, config.lora)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return LanguageModel(model, attn_impl=attn_impl, head_chunk_tokens=config.head_chunk_tokens)
+
+    # ---- running the model ---------------------------------------------------------------------------------------------------------
+
+    def logprobs(
+        self, micro_batches: Sequence[TokenBatch], temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
+    ) -> list[dict[str, Tensor]]:
+        """Per micro-batch, on the CPU: ``{"logprobs": [N]}`` and with ``with_entropy`` also ``"entropy": [N]``; 0.0 outside actions.
+
+        ``adapters=False`` scores with the model as it was before LoRA: the reference policy without a second copy.
+        """
+        from openrl_reason.models.lora import adapters_disabled
+
+        forward = self.engine or self.model
+        forward.eval()
+        results = []
+        with torch.no_grad(), nullcontext() if adapters else adapters_disabled(self.model):
+            for batch in micro_batches:
+                token_ids, cu_seqlens = batch.token_ids.to(self.device), batch.cu_seqlens.to(self.device)
+                mask = batch.action_mask.to(self.device)
+                logprobs, entropy = forward(token_ids, cu_seqlens, temperature, with_entropy, mask)
+                results.append({"logprobs": logprobs.cpu()} | ({"entropy": entropy.cpu()} if with_entropy else {}))
+        return results
+
+    def update(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        loss_fn: LossFunction,
+        denominators: dict[str, float],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> dict[str, float]:
+        """One optimiser step on the gradient summed over all micro-batches of all ranks. Collective.
+
+        Returns the metrics of the loss over the global batch, alike on every rank, and ``grad_norm`` (before clipping), ``lr``,
+        ``skipped_update`` (1.0 if the gradient was not finite and the step was left out), ``seconds/forward_backward``,
+        ``seconds/optimizer`` (the slowest rank's).
+        """
+        assert self.trained and self.engine is not None, f"the {self.role} model was started without total_steps: it can only be run"
+        start = time.perf_counter()
+        metrics = _MetricSum()
+        self.engine.train()
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            batch = batch.to(self.device)
+            logprobs, entropy = self.engine(batch.token_ids, batch.cu_seqlens, temperature, with_entropy, batch.action_mask)
+            loss, loss_metrics = loss_fn(ModelOutput(logprobs=logprobs, entropy=entropy), batch, denominators)
+            if not loss.requires_grad:  # a micro-batch without actions must still run its backward: other ranks wait in it
+                loss = loss + 0.0 * logprobs.sum()
+            # DeepSpeed averages over ranks, but the denominator is already the global batch's.
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            metrics.add(loss_metrics)
+        middle = time.perf_counter()
+        optimizer_metrics = self._optimizer_step()
+        metrics.add({"seconds/forward_backward/max": middle - start, "seconds/optimizer/max": time.perf_counter() - middle})
+        reduced = metrics.reduce(self.world_size)
+        for name in ("seconds/forward_backward", "seconds/optimizer"):
+            reduced[name] = reduced.pop(f"{name}/max")
+        return reduced | optimizer_metrics
+
+    def _optimizer_step(self) -> dict[str, float]:
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        skipped = False
+        if clips_itself(self.config):
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or float("inf"))
+            skipped = not bool(torch.isfinite(norm))
+            if skipped:
+                self.engine.zero_grad()
+            else:
+                self.engine.step()
+        else:
+            self.engine.step()
+            norm, skipped = self.engine.get_global_grad_norm(), not self.engine.was_step_applied()
+        self.step += 1
+        return {"grad_norm": float("inf") if skipped else float(norm), "lr": rate, "skipped_update": float(skipped)}
+
+    # ---- weights -------------------------------------------------------------------------------------------------------------------
+
+    def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every weight, LoRA merged, tied weights once.
+
+        Under ZeRO-3 this gathers, in buckets, on all ranks: every rank must run the iterator to its end. A tensor is valid until the next
+        one is asked for.
+        """
+        from openrl_reason.models.lora import adapted_layers, merged_weight
+
+        adapted = adapted_layers(self.model.model)
+        entries: list[tuple[str, nn.Module | None, list[nn.Parameter]]] = []
+        for name, parameter in self.model.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            owner = adapted.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
+            needed = [parameter] + ([owner.lora_A["default"].weight, owner.lora_B["default"].weight] if owner is not None else [])
+            entries.append((name.replace(".base_layer.", "."), owner, needed))
+        for bucket in _buckets(entries):
+            with gathered([p for _, _, needed in bucket for p in needed]):
+                for name, owner, needed in bucket:
+                    if owner is None:
+                        yield name, needed[0].detach()
+                    else:
+                        with torch.no_grad():
+                            merged = merged_weight(owner)
+                        yield name, merged
+
+    def publish_weights(self, sender: Any, version: int) -> Any:
+        """Sends the weights through ``sender.send(iterator of (name, tensor), version)`` on rank 0; returns what that returns, there."""
+        tensors = self.named_full_tensors()
+        result = sender.send(tensors, version) if self.rank == 0 else None
+        self.finish_gathering(tensors)
+        return result
+
+    def finish_gathering(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Under ZeRO-3 every rank takes part in every gathering, though only rank 0 uses what is gathered."""
+        if self.config.zero_stage == 3:
+            for _ in tensors:
+                pass
+
+    def collect_weights(self) -> list[tuple[str, str, Any]] | None:
+        """(name, dtype, bytes as a uint8 array of the tensor's shape times its item size) of every weight, on rank 0; None elsewhere."""
+        tensors = self.named_full_tensors()
+        result = None
+        if self.rank == 0:
+            result = [
+                (name, str(tensor.dtype).removeprefix("torch."), tensor.cpu().contiguous().view(torch.uint8).clone().numpy())
+                for name, tensor in tensors
+            ]
+        self.finish_gathering(tensors)
+        return result
+
+    def load_collected(self, weights: list[tuple[str, str, Any]]) -> None:
+        """Takes over what ``collect_weights`` of another group returned."""
+        # The arrays lie read-only in shared memory; they are copied from, never written.
+        self.load_full_tensors((name, torch.from_numpy(array.copy()).view(getattr(torch, dtype))) for name, dtype, array in weights)
+
+    @torch.no_grad()
+    def load_full_tensors(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrites the weights of a model that is only run (a reference refresh). Collective under ZeRO-3."""
+        assert not self.trained, "a model in training keeps its master weights: resume it from a checkpoint instead"
+        parameters = dict(self.model.model.named_parameters())
+        missing = set(parameters)
+        for name, tensor in named_tensors:
+            if name not in parameters or self._full_shape(parameters[name]) != tensor.shape:
+                raise ConfigError(f"weight {name} {tuple(tensor.shape)} does not fit the {self.role} model: another architecture")
+            with gathered([parameters[name]], modify=True):
+                if self.rank == 0 or not hasattr(parameters[name], "ds_id"):
+                    parameters[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise ConfigError(f"the copied weights lack {sorted(missing)[0]} (and {len(missing) - 1} more) of the {self.role} model")
+
+    @staticmethod
+    def _full_shape(parameter: nn.Parameter) -> torch.Size:
+        return torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+
+    def export_hf(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Writes a complete Hugging Face folder from rank 0. Collective. ``dtype``: float32, bfloat16 or None for the model's own."""
+        from openrl_reason.models.export import export_hf
+
+        tensors = self.named_full_tensors()
+        if self.rank == 0:
+            model = self.model.model
+            export_hf(tensors, model.config, self.tokenizer, folder, generation_config=model.generation_config, dtype=dtype)
+        self.finish_gathering(tensors)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str | Path, step: int | None = None) -> None:
+        """Writes what resuming needs: this rank's master weights, Adam's moments, RNG state and the optimiser steps it took (``step`` is
+        only noted). A model that is only run writes its weights, from rank 0."""
+        from openrl_reason.workers.model_state import save_frozen_weights, save_worker_state
+
+        if self.trained:
+            save_worker_state(self, Path(folder), step)
+        else:
+            save_frozen_weights(self, Path(folder))
+
+    def load_state(self, folder: str | Path) -> int:
+        """Restores ``save_state`` bit by bit. Collective. Returns the optimiser steps taken. Raises CheckpointError if it does not fit."""
+        from openrl_reason.workers.model_state import load_frozen_weights, load_worker_state
+
+        if self.trained:
+            load_worker_state(self, Path(folder))
+        else:
+            load_frozen_weights(self, Path(folder))
+        return self.step
+
+    # ---- taking turns on a GPU -----------------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Moves weights and optimiser state to host memory. Does nothing on a CPU."""
+        if self.device.type == "cpu":
+            return
+        if self.engine is None or self.engine.zero_optimization_stage() == 0:
+            self._move("cpu")
+        else:
+            self.engine.offload_states()
+        torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Undoes ``offload``."""
+        if self.device.type == "cpu":
+            return
+        if self.engine is None or self.engine.zero_optimization_stage() == 0:
+            self._move(self.device)
+        else:
+            self.engine.reload_states()
+
+    def _move(self, device: str | torch.device) -> None:
+        self.model.to(device)
+        if self.trained:
+            from openrl_reason.workers.deepspeed_engine import adam_state, master_partitions
+
+            for master in master_partitions(self.engine):
+                master.data = master.data.to(device)
+                for name, value in adam_state(self.engine)[master].items():
+                    value.data = value.data.to(value.device if name == "step" else device)
+
+
+def _inference_config(config: ModelConfig) -> ModelConfig:
+    """The plain ModelConfig part, so that no optimiser is built."""
+    return ModelConfig(**{name: config.__dict__[name] for name in ModelConfig.__dataclass_fields__})
+
+
+def _buckets(entries: list[tuple[str, Any, list[nn.Parameter]]]) -> Iterator[list[tuple[str, Any, list[nn.Parameter]]]]:
+    """Consecutive runs of entries whose whole parameters take about GATHER_BYTES."""
+    bucket, size = [], 0
+    for entry in entries:
+        bytes_here = sum((p.ds_numel if hasattr(p, "ds_numel") else p.numel()) * p.element_size() for p in entry[2])
+        if bucket and size + bytes_here > GATHER_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(entry)
+        size += bytes_here
+    if bucket:
+        yield bucket
+
+
+class _MetricSum:
+    """Adds metrics up over micro-batches on the device, and over ranks in one exchange."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            value = torch.as_tensor(value).detach().to(torch.float64)
+            self.values[name] = value if name not in self.values else _combine(name, self.values[name], value)
+
+    def reduce(self, world_size: int) -> dict[str, float]:
+        local = {name: float(value) for name, value in self.values.items()}
+        if world_size == 1:
+            return local
+        # Names travel with the values, so a rank that reports other metrics than its neighbours cannot shift theirs.
+        gathered_metrics: list[dict[str, float]] = [{}] * world_size
+        torch.distributed.all_gather_object(gathered_metrics, local)
+        total: dict[str, float] = {}
+        for metrics in gathered_metrics:
+            for name, value in metrics.items():
+                total[name] = value if name not in total else float(_combine(name, total[name], value))
+        return total
+
+
+def _combine(name: str, left: Any, right: Any) -> Any:
+    if name.endswith("/max"):
+        return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
+    if name.endswith("/min"):
+        return torch.minimum(torch.as_tensor(left), torch.as_tensor(right))
+    return left + right
