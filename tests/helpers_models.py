@@ -49,3 +49,34 @@ def random_batch(lengths, *, seed: int = 0, prompt_tokens: int = 2):
         step_ids=torch.where(mask, 0, -1),
         behaviour_logprobs=torch.zeros(total),
     )
+
+
+def supervised_loss(outputs, batch, denominators):
+    """Mean negative log-likelihood of the actions over the global batch; also reports extremes."""
+    actions = batch.action_mask
+    loss = -(outputs.logprobs * actions).sum() / denominators["actions"]
+    chosen = outputs.logprobs.detach()[actions]
+    empty = chosen.numel() == 0
+    return loss, {
+        "loss": loss.detach(),
+        "logprob/max": float("-inf") if empty else chosen.max(),
+        "logprob/min": float("inf") if empty else chosen.min(),
+    }
+
+
+def first_moments(worker) -> torch.Tensor:
+    """Adam's first moments of this rank as one float64 vector: after one step, (1 - beta1) times the clipped gradient."""
+    from openrl_reason.workers.deepspeed_engine import adam_state, master_partitions
+
+    state = adam_state(worker.engine)
+    return torch.cat([state[master]["exp_avg"].flatten() for master in master_partitions(worker.engine)]).double()
+
+
+def full_weights(worker) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in worker.named_full_tensors()}
+
+
+def relative_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Largest over tensors of ||left - right|| / ||right||."""
+    assert left.keys() == right.keys()
+    return max(float((left[k].double() - right[k].double()).norm() / right[k].double().norm().clamp(min=1e-30)) for k in left)

@@ -14,6 +14,8 @@ from openrl_reason.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,6 +49,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     check_model_folder(path)
+    # Without any file, transformers would invent an empty tokenizer for the architecture.
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -80,22 +85,26 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def load_causal_lm(path: str, dtype: str, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model from safetensors, on the CPU. ``dtype``: ``float32`` or ``bfloat16``."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = load_config(path, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"the model {path} does not load: {_first_line(error)}") from error
+    if report["missing_keys"]:  # transformers would fill them with random numbers and a warning
+        raise DataError(f"the weights of {path} lack {sorted(report['missing_keys'])[0]} (missing in all: {len(report['missing_keys'])})")
     model.config.use_cache = False
     return model
 

@@ -88,8 +88,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """token_ids [N], cu_seqlens [B+1] -> (logprobs [N], entropy [N] or None), both float32.
 
-        ``logprobs[t]`` = log p(token_t | tokens before it in its sequence) of softmax(logits / temperature); 0.0 at a sequence's first token
-        and, with ``score_mask`` bool [N], at tokens that it leaves out (prompts, for instance: the head does not work for them).
+        ``logprobs[t]`` = log p(token_t | tokens before it in its sequence) of softmax(logits / temperature); 0.0 at a sequence's first
+        token and, with ``score_mask`` bool [N], at tokens that it leaves out (prompts, for instance: the head does not work for them).
         Raises DataError for a sequence longer than the model's positions.
         """
         hidden = self.hidden_states(token_ids, cu_seqlens)
