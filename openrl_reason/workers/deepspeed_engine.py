@@ -108,8 +108,8 @@ def deepspeed_config(config: ModelConfig, device: torch.device, hidden_size: int
     if isinstance(config, TrainedModelConfig):
         if config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
-        if not clips_itself(config):
-            result["gradient_clipping"] = config.max_grad_norm
+        # DeepSpeed clips at 1.0 unless told otherwise.
+        result["gradient_clipping"] = 0.0 if clips_itself(config) else config.max_grad_norm
         if config.dtype == "bfloat16" and config.zero_stage > 0:
             result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
