@@ -18,7 +18,7 @@ from typing import Any
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
-from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_request
+from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
 from openrl_reason.workers.weight_sync import Manifest, received_tensors
 
 
@@ -37,6 +37,8 @@ class RolloutEngine:
         self._prepare_process()
         vllm = require("vllm", "to generate rollouts")
         self._on_cpu = require("vllm.platforms").current_platform.is_cpu()
+        if self._on_cpu:  # torch may have been imported before the variable was set; more threads round differently from batch to batch
+            require("torch").set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._eos_ids = read_eos_ids(self.model_path)
         self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
@@ -55,7 +57,13 @@ class RolloutEngine:
         if self._on_cpu:
             if config.block_size % 32:
                 raise ConfigError(f"rollout.block_size is {config.block_size}: on a CPU use a multiple of 32")
-            device = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+            device = {
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+                # A prompt cut over two steps makes vLLM rewind the request's generator, which torch cannot do on a CPU ("CPU Generator does
+                # not use offset"): whole prompts only.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(config.max_model_len, 4096),
+            }
         else:
             device = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
         return device | {
@@ -99,12 +107,9 @@ class RolloutEngine:
         """
         if self._version is None:
             raise WorkerError("this engine has no usable weights: the last load_weights failed")
-        for request in new_requests:
-            check_request(request, self.config)
-            if request.sampling.stop and not self._has_tokenizer:
-                raise ConfigError(f"request {request.request_id!r} has stop strings, but {self.model_path} has no tokenizer")
-            if request.request_id in self._unfinished:
-                raise ConfigError(f"request id {request.request_id!r} is in use by an unfinished request: ids must be unique")
+        check_requests(new_requests, self.config, self._unfinished)
+        if not self._has_tokenizer and any(request.sampling.stop for request in new_requests):
+            raise ConfigError(f"requests have stop strings, but {self.model_path} has no tokenizer to find them with")
         started = time.perf_counter()
         for request in new_requests:
             self._add(request)
@@ -211,6 +216,8 @@ class RolloutEngine:
 class WeightLoader:
     """Mixed into vLLM's worker class (``worker_extension_cls``): loads received weights in each tensor-parallel worker."""
 
+    _load_interrupted = False
+
     def load_openrl_weights(self, manifest: Manifest, version: int) -> None:
         """Maps the manifest's tensors and loads them in place.
 
@@ -223,10 +230,14 @@ class WeightLoader:
 
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}  # a tied head is the embedding's parameter, listed once
+        if self._load_interrupted:
+            raise WorkerError("an earlier load failed half-way, which left the model in parts: this engine has to be restarted")
         with torch.inference_mode(), set_current_vllm_config(self.vllm_config), received_tensors(manifest, version) as tensors:
+            self._load_interrupted = True
             initialize_layerwise_reload(model)
             loaded = model.load_weights(tensors)
             finalize_layerwise_reload(model, self.vllm_config.model_config)
+            self._load_interrupted = False
             if missing := sorted(expected - loaded):
                 raise WorkerError(f"weights version {version} lack {len(missing)} parameters of the engine, for instance {missing[:3]}")
             refresh_tied_heads(model, loaded)

@@ -22,7 +22,7 @@ from openrl_reason.core.seeds import content_id
 from openrl_reason.environment import require
 from openrl_reason.errors import ConfigError, OpenRLError, WorkerError
 from openrl_reason.workers.engine import RolloutEngine
-from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, SamplingConfig, check_request
+from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, SamplingConfig, check_requests
 from openrl_reason.workers.weight_sync import Manifest, Sender, host_identity, make_sender
 
 __all__ = ["Completion", "Request", "RolloutConfig", "RolloutEngine", "RolloutPool", "SamplingConfig"]
@@ -186,12 +186,7 @@ class RolloutPool:
             ConfigError: a request cannot be served, or its id is in use; nothing has been submitted then.
         """
         requests = list(requests)
-        taken = {request_id for seat in self._seats for request_id in seat.unfinished}
-        for request in requests:
-            check_request(request, self.config)
-            if request.request_id in taken:
-                raise ConfigError(f"request id {request.request_id!r} is in use: ids must be unique among unfinished requests")
-            taken.add(request.request_id)
+        check_requests(requests, self.config, (request_id for seat in self._seats for request_id in seat.unfinished))
         for request in requests:
             group = request.group if request.group is not None else content_id(str(request.prompt_ids))
             if group not in self._engine_of_group:
@@ -265,11 +260,12 @@ class RolloutPool:
         try:
             answer = self._ray.get(call.answer_ref)
         except self._ray.exceptions.RayTaskError as error:
+            what = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
             if isinstance(error.cause, OpenRLError):  # our own refusal: a new engine would answer alike
                 raise type(error.cause)(f"{seat.name}: {error.cause}; log: {self._log(seat)}") from error
-            if call.kind == "start" and not seat.restarts:
-                raise WorkerError(f"{seat.name} did not start: {_first_line(error.cause)}; log: {self._log(seat)}") from error
-            self._replace(seat, f"{call.kind} raised {type(error.cause).__name__}: {_first_line(error.cause)}")
+            if call.kind == "load" or (call.kind == "start" and not seat.restarts):
+                raise WorkerError(f"{seat.name} failed to {call.kind}: {what}; log: {self._log(seat)}") from error
+            self._replace(seat, f"{call.kind} raised {what}")
             return []
         except self._ray.exceptions.RayError as error:
             self._replace(seat, f"died in {call.kind}: {_first_line(error)}")

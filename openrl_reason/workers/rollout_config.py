@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from openrl_reason.core.trajectory import StopReason
@@ -132,12 +133,21 @@ class Completion:
     """Prompt tokens served from the prefix cache."""
 
 
-def check_request(request: Request, config: RolloutConfig) -> None:
-    """Refuses a request that no engine could serve.
+def check_requests(requests: Iterable[Request], config: RolloutConfig, ids_in_use: Iterable[str]) -> None:
+    """Refuses requests that no engine could serve.
 
     Raises:
-        ConfigError: the prompt is empty, or prompt plus completion do not fit ``max_model_len``.
+        ConfigError: a prompt is empty, prompt plus completion do not fit ``max_model_len``, or an id is not unique.
     """
+    taken = set(ids_in_use)
+    for request in requests:
+        _check_length(request, config)
+        if request.request_id in taken:
+            raise ConfigError(f"request id {request.request_id!r} is in use: ids must be unique among unfinished requests")
+        taken.add(request.request_id)
+
+
+def _check_length(request: Request, config: RolloutConfig) -> None:
     length, budget = len(request.prompt_ids), request.sampling.max_new_tokens
     if not length:
         raise ConfigError(f"request {request.request_id!r} has an empty prompt: a prompt needs at least one token")

@@ -171,6 +171,15 @@ class _MemoryFile:
 _memory_files: dict[str, _MemoryFile] = {}
 """Files that this process sends through, by sender: kept between syncs, so that their pages are allocated and mapped once."""
 
+
+def _memory_file(key: str) -> _MemoryFile:
+    if key not in _memory_files:
+        for old in list(_memory_files)[:-1]:  # of pools that are gone, in all likelihood: two are kept
+            os.close(_memory_files.pop(old).fd)
+        _memory_files[key] = _MemoryFile()
+    return _memory_files[key]
+
+
 _mappings: dict[str, tuple[tuple[int, int, int], mmap.mmap]] = {}
 """Files of others that this process has mapped: sender -> ((device, inode, size), mapping)."""
 
@@ -183,9 +192,7 @@ class SharedMemorySender:
 
     def send(self, tensors: NamedTensors, version: int) -> Manifest:
         started = time.perf_counter()
-        if self.key not in _memory_files:
-            _memory_files[self.key] = _MemoryFile()
-        file = _memory_files[self.key]
+        file = _memory_file(self.key)
         file.mark(BEING_WRITTEN)
         entries, offset = [], HEADER_BYTES
         for name, tensor in tensors:
@@ -227,13 +234,10 @@ def _from_shared_memory(manifest: Manifest) -> Iterator[Iterator[tuple[str, torc
             state = "is being written" if written == BEING_WRITTEN else f"holds version {written}"
             raise WorkerError(f"the manifest says weights version {manifest.version}, but the shared memory {state}")
 
-    def items() -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in manifest.tensors:
-            _verify(memory, entry, manifest.version)
-            yield entry.name, tensor_view(memory, entry)
-
     check()
-    yield items()
+    for entry in manifest.tensors:
+        _verify(memory, entry, manifest.version)
+    yield ((entry.name, tensor_view(memory, entry)) for entry in manifest.tensors)
     check()  # the trainer did not start on the next version while these were being read
 
 
@@ -243,28 +247,25 @@ def _from_shared_memory(manifest: Manifest) -> Iterator[Iterator[tuple[str, torc
 def pack_buckets(
     tensors: NamedTensors, dtype: str, *, checksum: bool = False, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[torch.Tensor, list[PackedTensor]]]:
-    """Copies tensors into buckets (uint8, on the tensors' device) of at most ``bucket_bytes``; a larger tensor has one of its own."""
-    index, pending, size = 0, [], 0
+    """Copies tensors into buckets (uint8, on the tensors' device) of at most ``bucket_bytes``; a larger tensor has one of its own.
+
+    Each tensor is copied before the next one is asked for, so an iterator may free what it gave.
+    """
+    bucket, entries, end, index = None, [], 0, 0
     for name, tensor in tensors:
         wire = wire_dtype(tensor, dtype)
-        entry = PackedTensor(name, tuple(tensor.shape), _name_of(wire), index, size, tensor.numel() * wire.itemsize)
-        if pending and size + entry.nbytes > bucket_bytes:
-            yield _fill(pending, size, checksum)
-            index, pending, size = index + 1, [], 0
-            entry = replace(entry, bucket=index, offset=0)
-        pending.append((entry, tensor))
-        size = _aligned(size + entry.nbytes)
-    if pending:
-        yield _fill(pending, size, checksum)
-
-
-def _fill(pending: list[tuple[PackedTensor, torch.Tensor]], size: int, checksum: bool) -> tuple[torch.Tensor, list[PackedTensor]]:
-    bucket = torch.empty(size, dtype=torch.uint8, device=pending[0][1].device)
-    entries = []
-    for entry, tensor in pending:
+        nbytes = tensor.numel() * wire.itemsize
+        if bucket is not None and end + nbytes > len(bucket):
+            yield bucket[:end], entries
+            bucket, entries, end, index = None, [], 0, index + 1
+        if bucket is None:
+            bucket = torch.empty(max(bucket_bytes, nbytes), dtype=torch.uint8, device=tensor.device)
+        entry = PackedTensor(name, tuple(tensor.shape), _name_of(wire), index, end, nbytes)
         bucket_view(bucket, entry).copy_(tensor.detach())
-        entries.append(replace(entry, checksum=_crc(bucket.numpy(), entry)) if checksum else entry)
-    return bucket, entries
+        entries.append(replace(entry, checksum=_crc(bucket.cpu().numpy(), entry)) if checksum else entry)
+        end = min(_aligned(end + nbytes), len(bucket))
+    if bucket is not None:
+        yield bucket[:end], entries
 
 
 def bucket_view(bucket: torch.Tensor, entry: PackedTensor) -> torch.Tensor:
@@ -294,18 +295,15 @@ class ObjectStoreSender:
 def _from_object_store(manifest: Manifest) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
     import ray
 
-    def items() -> Iterator[tuple[str, torch.Tensor]]:
-        index, buffer = -1, None
-        for entry in manifest.tensors:
-            if entry.bucket != index:
-                index = entry.bucket
-                version, buffer = ray.get(manifest.location["buckets"][index])
-                if version != manifest.version:
-                    raise WorkerError(f"the manifest says weights version {manifest.version}, but bucket {index} holds version {version}")
-            _verify(buffer, entry, manifest.version)
-            yield entry.name, tensor_view(buffer, entry)
-
-    yield items()
+    buckets = []
+    for index, reference in enumerate(manifest.location["buckets"]):
+        version, bucket = ray.get(reference)
+        if version != manifest.version:
+            raise WorkerError(f"the manifest says weights version {manifest.version}, but bucket {index} holds version {version}")
+        buckets.append(bucket)
+    for entry in manifest.tensors:
+        _verify(buckets[entry.bucket], entry, manifest.version)
+    yield ((entry.name, tensor_view(buckets[entry.bucket], entry)) for entry in manifest.tensors)
 
 
 class AutoSender:
@@ -325,7 +323,7 @@ class AutoSender:
 
 @contextlib.contextmanager
 def received_tensors(manifest: Manifest, version: int) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-    """The tensors of a manifest, as views: read-only, and valid inside the ``with`` block.
+    """The tensors of a manifest, as read-only views, valid inside the ``with`` block. Checksums are verified before the first is given.
 
     Raises:
         WorkerError: the manifest or the bytes are of another version than ``version``, a checksum differs, or the bytes cannot be reached.
