@@ -80,7 +80,7 @@ def update_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if name.startswith("seconds/"):
             metrics[name.replace("seconds/", "timing/")] = sum(values)
         else:
-            value = max(values) if name.endswith("/max") else sum(values) / len(values)
+            value = max(values) if name.endswith("/max") else min(values) if name.endswith("/min") else sum(values) / len(values)
             metrics[name if "/" in name else f"train/{name}"] = value
     return metrics
 

@@ -22,13 +22,22 @@ import numpy as np
 import torch
 
 from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
-from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, last_actions, start_together, update_metrics, within_limit
+from openrl_reason.algorithms.common import (
+    ItemSampler,
+    describe_model,
+    estimate_memory,
+    last_actions,
+    start_together,
+    update_metrics,
+    within_limit,
+)
 from openrl_reason.algorithms.reduction import REDUCTIONS, loss_weights
 from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
 from openrl_reason.config import require, require_divisible
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.credit import RunningBaseline, discounted_returns, group_advantages, whiten
-from openrl_reason.core.losses import kl_penalty, policy_loss
+from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
+from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import ConfigError, GateError
@@ -60,7 +69,11 @@ class KLConfig:
     coef: float = 0.001
     """Weight of the KL."""
     kind: str = "k3"
-    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1. In the reward, k1 is the unbiased choice."""
+    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1. In the reward use k1 (unbiased); in the loss k2 or k3."""
+    target: float = 0.0
+    """Adapt the coefficient so that the KL per response comes to this (0: the coefficient stays)."""
+    horizon: float = 10000.0
+    """Responses over which the adaptive coefficient moves."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,7 @@ def check_reinforce(config: ReinforceConfig) -> None:
     require(0.0 < algo.gamma <= 1.0, "algo.gamma", algo.gamma, "must be above 0 and at most 1")
     require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
     require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
+    require(not (kl.where == "loss" and kl.kind == "k1"), "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or where reward")
     require(algo.epochs >= 1, "algo.epochs", algo.epochs, "at least 1")
     require_divisible("prompts_per_step", config.prompts_per_step, "algo.minibatches", algo.minibatches)
     require(not (config.reference.refresh_every and kl.where == "none"), "reference.refresh_every", config.reference.refresh_every,
@@ -209,6 +223,7 @@ class PolicyGradientLoss:
     """The loss of one micro-batch, called on each rank. Token weights and denominators are the global batch's (``loss_weights``)."""
 
     algo: ReinforceAlgoConfig
+    kl_coef: float
 
     def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
         logprobs, mask, weights = outputs.logprobs, batch.action_mask, batch.tokens["loss_weights"]
@@ -222,8 +237,8 @@ class PolicyGradientLoss:
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         tokens = denominators["tokens"]
         if self.algo.kl.where == "loss":
-            kl = torch.where(mask, kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind=self.algo.kl.kind), 0.0)
-            loss = loss + self.algo.kl.coef * (kl * weights).sum() / denominators["loss"]
+            kl = kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind=self.algo.kl.kind, mask=mask)
+            loss = loss + self.kl_coef * (kl * weights).sum() / denominators["loss"]
             metrics["train/kl"] = kl.detach().sum() / tokens
         entropy = torch.where(mask, outputs.entropy, 0.0)
         if self.algo.entropy_coef:
@@ -263,6 +278,8 @@ class ReinforceTrainer(Trainer):
         self._group_kind, other, self._whiten, reduction = ADVANTAGES[config.algo.advantage]
         self._reduction = reduction if config.algo.loss_reduction == "auto" else config.algo.loss_reduction
         self.baseline = RunningBaseline(decay=config.algo.baseline_decay) if other == "running" else None
+        kl = config.algo.kl
+        self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target else FixedKL(kl.coef)
         self._updates_per_step = config.algo.epochs * config.algo.minibatches
 
     # ---- the algorithm -------------------------------------------------------------------------------------------------------
@@ -274,6 +291,9 @@ class ReinforceTrainer(Trainer):
             self.pool.sleep()
         batch, metrics = self.credit(rollouts)
         metrics |= self.update(batch)
+        if self.reference:
+            metrics["train/kl_coef"] = self.kl.coefficient
+            self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
         if self._take_turns:
             self.pool.wake()
         metrics |= self.sync(self.done + 1)
@@ -311,8 +331,8 @@ class ReinforceTrainer(Trainer):
             batch = batch.with_tokens(old_logprobs=self.policy.logprobs(batch, temperature=self.config.sampling.temperature)["logprobs"])
         rewards_B = batch.sequences["rewards"]
         if self.baseline is not None:
-            value = self.baseline.value(rewards_B)
-            metrics["train/baseline"] = float(value)
+            value = self.baseline.value  # of earlier steps: it must not depend on the samples it is subtracted from
+            metrics["train/baseline"] = value
             self.baseline.update(rewards_B)
         outcome_B = group_advantages(rewards_B, batch.sequences["group_ids"], kind=self._group_kind)
         rewards = torch.zeros(batch.num_tokens)
@@ -323,9 +343,8 @@ class ReinforceTrainer(Trainer):
         if self.baseline is not None:
             advantages = advantages - value
         if algo.kl.where == "reward":
-            kl = kl_penalty(batch.tokens["old_logprobs"], batch.tokens["ref_logprobs"], kind=algo.kl.kind)
-            kl = torch.where(batch.action_mask, kl, 0.0)
-            advantages = advantages - algo.kl.coef * discounted_returns(kl, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
+            kl = kl_penalty(batch.tokens["old_logprobs"], batch.tokens["ref_logprobs"], kind=algo.kl.kind, mask=batch.action_mask)
+            advantages = advantages - self.kl.coefficient * discounted_returns(kl, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
             metrics["train/kl"] = float(kl.sum() / batch.num_actions)
         if self._whiten:
             advantages = whiten(advantages, batch.action_mask)
@@ -343,7 +362,7 @@ class ReinforceTrainer(Trainer):
                 weights, denominator = loss_weights(part, self._reduction, max_response_tokens=self.config.sampling.max_new_tokens)
                 part = part.with_tokens(loss_weights=weights)
                 denominators = {"loss": denominator, "tokens": float(part.num_actions)}
-                loss, temperature = PolicyGradientLoss(algo), self.config.sampling.temperature
+                loss, temperature = PolicyGradientLoss(algo, self.kl.coefficient), self.config.sampling.temperature
                 history.append(self.policy.update(part, loss, denominators, temperature=temperature, with_entropy=True))
         metrics = update_metrics(history)
         difference = history[0]["sampling/logprob_difference/mean"]
@@ -466,8 +485,9 @@ class ReinforceTrainer(Trainer):
         self.pool.sync_weights(self.policy, self.done)
 
     def state(self) -> dict[str, Any]:
-        return {"baseline": self.baseline.state_dict() if self.baseline is not None else None}
+        return {"kl": self.kl.state_dict()} | ({"baseline": self.baseline.state_dict()} if self.baseline is not None else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        self.kl.load_state_dict(state["kl"])
         if self.baseline is not None:
             self.baseline.load_state_dict(state["baseline"])

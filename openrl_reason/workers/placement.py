@@ -7,6 +7,7 @@ models train). Separate: every actor has a bundle of its own. A bundle is one GP
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,7 @@ class Placement:
         runtime_env = {"env_vars": runtime_variables("gpu" if self.gpu else "cpu")}
         address = self.config.address or os.environ.get("RAY_ADDRESS", "")
         if address:
+            _check_reachable(address)
             try:
                 ray.init(address=address, runtime_env=runtime_env, log_to_driver=False)
             except ConnectionError as error:
@@ -147,6 +149,17 @@ class Placement:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself takes minutes to find out that nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"--placement.address is {address!r}, but no Ray cluster answers there: {error}") from None
 
 
 def _total(bundles: list[Bundle]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def test_one_update_per_step_is_on_policy_to_rounding(sft_run, tmp_path):
     assert abs(train[0]["train/kl"]) < 1e-6
     for record in train:
         assert record["sampling/logprob_difference/mean"] < 1e-4 and record["sampling/logprob_difference/max"] < 1e-3
-        assert record["train/clip_ratio_low"] == record["train/clip_ratio_high"] == 0
+        assert record["train/clip_fraction/low"] == record["train/clip_fraction/high"] == 0 and record["train/ratio/max"] == 1
 
 
 def test_the_log_prob_gate_stops_the_run_with_one_line(sft_run, tmp_path):

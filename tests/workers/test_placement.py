@@ -1,0 +1,40 @@
+"""Where actors sit."""
+
+import pytest
+
+from openrl_reason.errors import ConfigError
+from openrl_reason.workers.placement import Placement, PlacementConfig, Role, detect_gpu, plan_bundles
+
+ROLES = [Role("policy", 2), Role("engine", 1), Role("reference", 0)]
+
+
+def test_colocated_roles_share_bundles_and_separate_ones_do_not():
+    together = plan_bundles(ROLES, colocate=True, gpu=True)
+    assert [bundle.actors for bundle in together] == [(("policy", 0), ("engine", 0)), (("policy", 1),)]
+    assert all(bundle.resources == {"GPU": 1, "CPU": 1} for bundle in together)
+    apart = plan_bundles(ROLES, colocate=False, gpu=False)
+    assert [bundle.actors for bundle in apart] == [(("policy", 0),), (("policy", 1),), (("engine", 0),)]
+    assert all(bundle.resources == {"CPU": 1} for bundle in apart)
+
+
+def test_every_actor_has_exactly_one_seat():
+    for colocate in (True, False):
+        seats = [actor for bundle in plan_bundles(ROLES, colocate=colocate, gpu=True) for actor in bundle.actors]
+        assert sorted(seats) == [("engine", 0), ("policy", 0), ("policy", 1)]
+
+
+def test_tensor_parallel_engines_get_wide_bundles_of_their_own_and_cannot_be_colocated():
+    roles = [Role("policy", 2), Role("engine", 1, gpus_per_actor=4)]
+    assert plan_bundles(roles, colocate=False, gpu=True)[-1].resources == {"GPU": 4, "CPU": 1}
+    with pytest.raises(ConfigError, match="--placement.colocate false"):
+        plan_bundles(roles, colocate=True, gpu=True)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ConfigError, match="--placement.device is 'tpu'"):
+        detect_gpu(PlacementConfig(device="tpu"))
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_error():
+    with pytest.raises(ConfigError, match="--placement.address is '127.0.0.1:1'"):
+        Placement(PlacementConfig(address="127.0.0.1:1", device="cpu"), ROLES).__enter__()
