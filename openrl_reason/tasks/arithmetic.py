@@ -6,9 +6,9 @@ A hash of the problem text alone decides whether it belongs to train or test, so
 =====  ============================================================  ==================================
 level  problems                                                      example
 =====  ============================================================  ==================================
-1      one step; + and - up to two digits, * of one-digit numbers    ``37+5=?``
-2      two steps of + and -, small numbers                           ``9+14-6=?``
-3      two or three steps with one product                           ``8+3*7-5=?``
+1      two steps of + and - with one-digit operands, values to 20    ``14+5-8=?``
+2      three such steps                                              ``9+4-7+6=?``
+3      two or three steps with one product, two-digit numbers        ``8*3-5+17=?``
 4      three or four steps, brackets, two-digit numbers              ``(14+8)*3-19+40=?``
 5      four or five steps, three-digit numbers, exact divisions      ``(120+36)/4*7-88+205=?``
 =====  ============================================================  ==================================
@@ -42,14 +42,14 @@ def apply_operator(left: int, operator: str, right: int) -> int:
     return left + right if operator == "+" else left - right if operator == "-" else left * right
 
 
-def _operand(rng: random.Random, value: int, operator: str, limit: int) -> int | None:
-    """A right operand that keeps the value whole, not negative and below 1000; None if there is none."""
+def _operand(rng: random.Random, value: int, operator: str, limit: int, ceiling: int) -> int | None:
+    """A right operand of at most ``limit`` that keeps the value whole and within 0 and ``ceiling``; None if there is none."""
     if operator == "+":
-        return rng.randint(1, limit)
+        return rng.randint(1, min(limit, ceiling - value)) if value < ceiling else None
     if operator == "-":
         return rng.randint(1, min(limit, value)) if value >= 1 else None
     if operator == "*":
-        return rng.randint(2, 9) if 2 <= value <= 99 else None
+        return rng.randint(2, 9) if 2 <= value <= ceiling // 9 else None
     divisors = [number for number in range(2, 10) if value >= number and value % number == 0]
     return rng.choice(divisors) if divisors else None
 
@@ -82,31 +82,29 @@ class _Chain:
         return f"{text}=?"
 
 
-def _chain(rng: random.Random, start: int, operators: list[str], limit: int) -> _Chain | None:
+def _chain(rng: random.Random, start: int, operators: list[str], limit: int, ceiling: int = 999) -> _Chain | None:
     chain = _Chain(start)
     for operator in operators:
-        operand = _operand(rng, chain.value, operator, limit)
+        operand = _operand(rng, chain.value, operator, limit, ceiling)
         if operand is None:
             return None
         chain.push(operator, operand)
-    return chain if chain.value < 1000 else None
+    return chain
 
 
 def _draw_chain(rng: random.Random, level: int) -> _Chain | None:
     """One random calculation of a level, or None when the draw leads nowhere."""
-    if level == 1:
-        operator = rng.choice("++--*")
-        return _chain(rng, rng.randint(2, 9 if operator == "*" else 99), [operator], rng.choice((9, 99)))
-    if level == 2:
-        return _chain(rng, rng.randint(2, 30), [rng.choice("+-"), rng.choice("+-")], 20)
+
+    def sums(count: int) -> list[str]:
+        return [rng.choice("+-") for _ in range(count)]
+
+    if level in (1, 2):
+        return _chain(rng, rng.randint(1, 19), sums(level + 1), limit=9, ceiling=20)
     if level == 3:
-        tail = [rng.choice("+-") for _ in range(rng.randint(1, 2))]
-        return _chain(rng, rng.randint(2, 12), ["*", *tail], 30)
+        return _chain(rng, rng.randint(2, 12), ["*", *sums(rng.randint(1, 2))], limit=30)
     if level == 4:
-        body = [rng.choice("+-"), "*", *(rng.choice("+-") for _ in range(rng.randint(1, 2)))]
-        return _chain(rng, rng.randint(5, 40), body, 60)
-    body = [rng.choice("+-"), "/", "*", *(rng.choice("+-") for _ in range(rng.randint(1, 2)))]
-    return _chain(rng, rng.randint(20, 400), body, 300)
+        return _chain(rng, rng.randint(5, 40), [*sums(1), "*", *sums(rng.randint(1, 2))], limit=60)
+    return _chain(rng, rng.randint(20, 400), [*sums(1), "/", "*", *sums(rng.randint(1, 2))], limit=300)
 
 
 _NAMES = ("Ann", "Ben", "Eva", "Ida", "Jim", "Kim", "Leo", "Max", "Mia", "Sam")
@@ -134,12 +132,13 @@ def generate_problem(rng: random.Random, level: int, style: str) -> tuple[str, s
 
 
 class ArithmeticTask(Task):
-    """The embedded default task. Items depend on ``levels``, ``styles``, the seed and the split; a longer set starts with the shorter one."""
+    """The embedded default task. Items depend on levels, styles, seed and split; a longer set starts with the shorter one."""
 
     name = "arithmetic"
     grade_kind = "arithmetic"
     step_kind = "newline"
     default_prompt_template = "{question}\n"
+    default_chat_prompt = "{question}\nWrite one equation per line, then a last line '#### answer'."
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)

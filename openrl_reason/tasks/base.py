@@ -117,12 +117,14 @@ class Task:
     step_kind = "newline"
     """How :func:`openrl_reason.core.steps.split_steps` cuts a solution into steps."""
     default_prompt_template = "{question}\n"
+    default_chat_prompt = "{question}"
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
         if config.grader:
             self.grade_kind = config.grader
-        self.prompt_template = config.prompt_template or self.default_prompt_template
+        default = self.default_chat_prompt if config.apply_chat_template else self.default_prompt_template
+        self.prompt_template = config.prompt_template or default
         if "{question}" not in self.prompt_template:
             raise ConfigError(f"prompt_template={config.prompt_template!r} must contain {{question}}")
         if config.system_prompt and not config.apply_chat_template:
@@ -158,7 +160,7 @@ class Task:
         """The item as chat messages, with the configured system prompt first."""
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         if isinstance(item.prompt, str):
-            return [*system, {"role": "user", "content": self.prompt_template.format_map(_Only(item.prompt)).strip()}]
+            return [*system, {"role": "user", "content": self.prompt_template.format_map(_Only(item.prompt))}]
         return [*system, *item.prompt]
 
     def prompt_text(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -276,5 +278,6 @@ def _load_user_task(config: TaskConfig) -> Task:
         members = vars(module).items()
         classes = [name for name, value in members if inspect.isclass(value) and issubclass(value, Task) and value is not Task]
         listing = f"it has: {', '.join(classes)}" if classes else "it has no Task subclass at all"
-        raise ConfigError(f"task {config.name!r}: {source} has no Task subclass {class_name!r}; {listing}{did_you_mean(class_name, classes)}")
+        hint = did_you_mean(class_name, classes)
+        raise ConfigError(f"task {config.name!r}: {source} has no Task subclass {class_name!r}; {listing}{hint}")
     return found(config)

@@ -26,7 +26,7 @@ def _die_with_parent(request_fd: int) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Allow that much more CPU time, then the kernel kills: the backstop for C code that holds the interpreter lock after the parent died."""
+    """Allow that much more CPU time, then the kernel kills: the backstop for C code that holds the interpreter lock in an orphan."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(usage.ru_utime + usage.ru_stime + seconds) + 2
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

@@ -1,0 +1,200 @@
+"""Rows of text to trajectories for supervised fine-tuning, token-exact.
+
+Context and reply are tokenised apart and their ids joined, the way the policy meets them when it samples; the mask is true on the reply
+and its end-of-sequence token. Of a conversation every assistant turn is a reply, and each is one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openrl_reason.core.seeds import content_id
+from openrl_reason.core.trajectory import StopReason, Trajectory
+from openrl_reason.data.readers import Row, read_rows
+from openrl_reason.errors import ConfigError, DataError, did_you_mean
+from openrl_reason.tasks.base import render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OVERLONG = ("skip", "truncate")
+
+
+@dataclass(frozen=True)
+class SFTDataConfig:
+    """Supervised rows: {prompt, completion}, {messages}, or other columns by name."""
+
+    path: str = ""
+    """A .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name org/name[:config]."""
+    split: str = "train"
+    """Of a hub name or saved folder."""
+    prompt_key: str = "prompt"
+    """Column of the prompt: text, or chat messages."""
+    completion_key: str = "completion"
+    """Column of the completion: text, or chat messages."""
+    messages_key: str = "messages"
+    """Column of a conversation [{role, content}, ...]; used where a row has it."""
+    apply_chat_template: bool = False
+    """Put text prompts and completions through the chat template as a user and an assistant message. Conversations always go through it."""
+    max_length: int = 1024
+    """Longest sequence in tokens."""
+    overlong: str = "skip"
+    """What happens to a longer one: skip (left out, counted) or truncate (its end is cut off, counted)."""
+    num_rows: int = 0
+    """Use the first so many rows; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.overlong not in OVERLONG:
+            raise ConfigError(f"overlong={self.overlong!r} is unknown; use skip or truncate{did_you_mean(self.overlong, OVERLONG)}")
+        if self.max_length < 2:
+            raise ConfigError(f"max_length={self.max_length} must be at least 2")
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """Trajectories and what happened to the rows that did not fit."""
+
+    trajectories: list[Trajectory]
+    """One per kept row, in the order of the file."""
+    num_overlong: int
+    """Rows longer than max_length that were left out (with "truncate": those of which no reply token was left)."""
+    num_truncated: int
+    """Rows that were cut."""
+
+
+Piece = tuple[str, bool]
+"""Some text, and whether the policy is to learn it."""
+
+
+def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> SFTData:
+    """Read and encode ``config.path``. Raises DataError for bad rows (file and line) and when no row is left, ConfigError without a chat
+    template where one is needed."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no EOS token, so no reply could ever end; set eos_token in its tokenizer_config.json")
+    rows = read_rows(config.path, split=config.split, limit=config.num_rows)
+    kept: list[Trajectory] = []
+    num_overlong = num_truncated = 0
+    for index, row in enumerate(rows):
+        token_ids, turns = encode_row(row, config, tokenizer)
+        if len(token_ids) > config.max_length:
+            token_ids, turns = token_ids[: config.max_length], turns[: config.max_length]
+            if config.overlong == "skip" or max(turns) < 0:
+                num_overlong += 1
+                continue
+            num_truncated += 1
+        kept.append(_trajectory(index, row, token_ids, turns))
+    if not kept:
+        raise DataError(f"{config.path}: all {len(rows)} rows are longer than max_length={config.max_length}")
+    return SFTData(kept, num_overlong, num_truncated)
+
+
+def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """``(token_ids, turns)`` of a row: the reply number (0, 1, ...) that each token belongs to, -1 for context."""
+    pieces, is_chat = _pieces(row, config, tokenizer)
+    token_ids: list[int] = []
+    turns: list[int] = []
+    turn = 0
+    carried = ""
+    for text, learned in pieces:
+        if not learned:
+            ids = _ids(carried + text, tokenizer, add_special=not is_chat and not token_ids)
+            carried = ""
+            token_ids += ids
+            turns += [-1] * len(ids)
+            continue
+        reply, carried = _cut_after_eos(text, tokenizer, is_chat)
+        ids = _ids(reply, tokenizer)
+        if not is_chat and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids.append(tokenizer.eos_token_id)
+        token_ids += ids
+        turns += [turn] * len(ids)
+        turn += 1
+    if turn == 0 or max(turns) < 0:
+        raise DataError(f"{row.where}: there is no reply to learn from (no assistant message, or an empty one)")
+    return token_ids, turns
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special: bool = False) -> list[int]:
+    ids = list(tokenizer(text, add_special_tokens=add_special)["input_ids"])
+    if add_special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers close every text; a prompt is not closed
+    return ids
+
+
+def _cut_after_eos(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> tuple[str, str]:
+    """A template may write more after the end-of-turn token (a newline, mostly). Nobody samples that: it belongs to the context."""
+    if not is_chat:
+        return text, ""
+    head, eos, tail = text.partition(tokenizer.eos_token)
+    return head + eos, tail
+
+
+def _pieces(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Piece], bool]:
+    """The row as pieces of text, and whether a chat template made them."""
+    values = row.values
+    if config.messages_key in values:
+        return _chat_pieces(row, _messages(row, config.messages_key), 0, tokenizer), True
+    for key in (config.prompt_key, config.completion_key):
+        if key not in values:
+            raise DataError(
+                f"{row.where}: neither {config.messages_key!r} nor {config.prompt_key!r} and {config.completion_key!r}: "
+                f"no column {key!r}{did_you_mean(key, map(str, values))}; there are: {', '.join(map(str, values))}"
+            )
+    prompt, completion = values[config.prompt_key], values[config.completion_key]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not config.apply_chat_template:
+            return [(prompt, False), (completion, True)], False
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _chat_pieces(row, messages, 1, tokenizer), True
+    context = _messages(row, config.prompt_key)
+    return _chat_pieces(row, [*context, *_messages(row, config.completion_key)], len(context), tokenizer), True
+
+
+def _messages(row: Row, key: str) -> list[dict[str, str]]:
+    value = row.values[key]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{row.where}: column {key!r} holds {str(value)[:80]!r}; expected text or a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(part), str) for part in ("role", "content")):
+            raise DataError(f"{row.where}: column {key!r}: a message needs the texts 'role' and 'content': {str(message)[:80]}")
+    return value
+
+
+def _chat_pieces(row: Row, messages: Sequence[dict[str, Any]], first_learned: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """Cut the rendered conversation where replies begin and end, by rendering it up to there: what the model sees when it replies."""
+    pieces: list[Piece] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first_learned:
+            continue
+        before = render_chat(messages[:index], tokenizer)
+        after = render_chat(messages[: index + 1], tokenizer, add_generation_prompt=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise DataError(
+                f"{row.where}: the chat template writes earlier turns differently once later ones follow, so this conversation has no "
+                "single token sequence; give one row per assistant turn"
+            )
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return pieces
+
+
+def _trajectory(index: int, row: Row, token_ids: list[int], turns: list[int]) -> Trajectory:
+    identity = content_id("sft", " ".join(map(str, token_ids)))
+    steps = np.asarray(turns, np.int32)
+    return Trajectory(
+        trajectory_id=content_id(identity, str(index)),
+        task_id=identity,
+        group_id=identity,
+        token_ids=np.asarray(token_ids, np.int32),
+        action_mask=steps >= 0,
+        step_ids=steps,
+        behaviour_logprobs=np.full(len(token_ids), np.nan, np.float32),
+        rewards=np.zeros(int(steps.max()) + 1, np.float32),
+        stop_reason=StopReason.OFFLINE,
+        info={"source": row.where},
+    )
