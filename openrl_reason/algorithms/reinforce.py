@@ -40,7 +40,7 @@ from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
 from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import ConfigError, GateError
+from openrl_reason.errors import GateError, WorkerError
 from openrl_reason.evaluation.accuracy import accuracy_metrics
 from openrl_reason.tasks.base import Task, TaskConfig, load_task
 from openrl_reason.workers.grading import GraderPool
@@ -298,8 +298,6 @@ class ReinforceTrainer(Trainer):
             self.pool.wake()
         metrics |= self.sync(self.done + 1)
         self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts))
-        busy = rollouts.metrics["timing/generate_busy"] + metrics["timing/forward_backward"]
-        metrics["timing/model_seconds"] = busy
         return rollouts.metrics | metrics
 
     def collect(self) -> Rollouts:
@@ -324,11 +322,13 @@ class ReinforceTrainer(Trainer):
             batch = batch.with_tokens(ref_logprobs=torch.cat([chunk.result()["logprobs"] for chunk in rollouts.chunks]))
         graded = [index for index, status in enumerate(rollouts.statuses) if status in GRADED]
         if not graded:
-            raise ConfigError(f"not one of {batch.num_sequences} responses could be graded; statuses: {sorted(set(rollouts.statuses))}")
+            raise WorkerError(f"not one of {batch.num_sequences} responses could be graded; statuses: {sorted(set(rollouts.statuses))}")
         batch = batch if len(graded) == batch.num_sequences else batch.select(graded)
         metrics = {"rollout/ungraded": float(len(rollouts.statuses) - len(graded)), "timing/reference_wait": time.perf_counter() - started}
         if self._updates_per_step > 1 or algo.kl.where == "reward":
+            scoring = time.perf_counter()
             batch = batch.with_tokens(old_logprobs=self.policy.logprobs(batch, temperature=self.config.sampling.temperature)["logprobs"])
+            metrics["timing/score"] = time.perf_counter() - scoring
         rewards_B = batch.sequences["rewards"]
         if self.baseline is not None:
             value = self.baseline.value  # of earlier steps: it must not depend on the samples it is subtracted from

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from openrl_reason.config import require, save_config
 from openrl_reason.errors import ConfigError
+from openrl_reason.observe.breakdown import time_breakdown
 from openrl_reason.observe.plots import plot_curves
 from openrl_reason.observe.run_log import RunLog
 from openrl_reason.workers.placement import Placement, PlacementConfig, Role
@@ -193,6 +194,9 @@ class Trainer:
         """Exports the model and draws the curves."""
         self.export(self.folder / "model")
         plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", train=self.curves, title=str(self.folder))
+        breakdown = time_breakdown(self.folder / "metrics.jsonl")
+        if breakdown:
+            self.log.say("where the time of a step went:  " + "  ".join(f"{name} {share:.1%}" for name, share in breakdown.items()))
         self.log.say(f"model: {self.folder / 'model'}   curves: {self.folder / 'curves.png'}   metrics: {self.folder / 'metrics.jsonl'}")
 
     def close(self) -> None:

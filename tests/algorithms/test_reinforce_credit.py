@@ -1,0 +1,166 @@
+"""Credit and loss of the REINFORCE family, without actors: what each advantage means, and that no cut of the batch changes the gradient."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from openrl_reason.algorithms.collect import Rollouts
+from openrl_reason.algorithms.reduction import loss_weights
+from openrl_reason.algorithms.reinforce import KLConfig, PolicyGradientLoss, ReinforceAlgoConfig, ReinforceConfig, ReinforceTrainer
+from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.errors import WorkerError
+from openrl_reason.models.policy import ModelOutput
+
+LENGTHS = [3, 5, 2, 4, 6, 1]
+REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # two prompts with three siblings each
+
+
+def rollouts(rewards=REWARDS, statuses=None):
+    rng = np.random.default_rng(0)
+    trajectories = [
+        Trajectory.from_completion(
+            rng.integers(0, 9, 2), rng.integers(0, 9, n), -rng.random(n), task_id=str(i // 3), group_id=str(i // 3), sample_index=i, reward=r
+        )
+        for i, (n, r) in enumerate(zip(LENGTHS, rewards, strict=True))
+    ]
+    return Rollouts(trajectories, [None] * len(trajectories), statuses or ["ok"] * len(trajectories))
+
+
+def trainer(**algo):
+    return ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=ReinforceAlgoConfig(**algo)))
+
+
+class FixedLogprobs:
+    """Stands where the policy group stands; returns given numbers."""
+
+    def __init__(self, logprobs):
+        self._logprobs = logprobs
+
+    def logprobs(self, batch, temperature):
+        return {"logprobs": self._logprobs}
+
+    def result(self):
+        return {"logprobs": self._logprobs}
+
+
+def per_sequence(batch, values):
+    return [values[(batch.sequence_ids == b) & batch.action_mask] for b in range(batch.num_sequences)]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        ("none", REWARDS),
+        ("rloo", [1 - 0, 0 - 0.5, 0 - 0.5, 0, 0, 0]),
+        ("dr_grpo", [2 / 3, -1 / 3, -1 / 3, 0, 0, 0]),
+    ],
+)
+def test_outcome_advantages_reach_every_action_token_and_no_other(advantage, expected):
+    batch, _ = trainer(advantage=advantage).credit(rollouts())
+    advantages = batch.tokens["advantages"]
+    assert (advantages[~batch.action_mask] == 0).all()
+    for values, target in zip(per_sequence(batch, advantages), expected, strict=True):
+        assert values.tolist() == pytest.approx([target] * len(values), abs=1e-6)
+
+
+def test_discounting_runs_from_the_last_action_token_back():
+    batch, _ = trainer(advantage="none", gamma=0.5).credit(rollouts())
+    assert per_sequence(batch, batch.tokens["advantages"])[0].tolist() == [0.25, 0.5, 1.0]
+
+
+def test_the_return_clamp_acts_before_the_baseline():
+    fresh = trainer(advantage="baseline", return_clamp=(0.0, 0.25), baseline_decay=0.5)
+    first, _ = fresh.credit(rollouts())
+    second, metrics = fresh.credit(rollouts())
+    assert first.tokens["advantages"].max() == 0.25
+    assert metrics["train/baseline"] == pytest.approx(np.mean(REWARDS))
+    assert second.tokens["advantages"][second.action_mask].max() == pytest.approx(0.25 - np.mean(REWARDS))
+
+
+def test_reinforce_pp_whitens_over_the_global_batch():
+    batch, _ = trainer(advantage="reinforce++").credit(rollouts())
+    values = batch.tokens["advantages"][batch.action_mask].double()
+    assert values.mean().abs() < 1e-6 and abs(values.std() - 1) < 1e-4
+
+
+def test_kl_in_the_reward_is_paid_from_each_token_on_and_carries_no_gradient():
+    algo = trainer(advantage="none", kl=KLConfig(where="reward", kind="k1", coef=0.1))
+    samples = rollouts([0.0] * 6)
+    total = sum(LENGTHS) + 2 * len(LENGTHS)
+    policy, reference = torch.randn(total, requires_grad=True), torch.randn(total)
+    samples.chunks = [FixedLogprobs(reference)]
+    algo.policy = FixedLogprobs(policy.detach())
+    batch, _ = algo.credit(samples)
+    for advantages, kl in zip(per_sequence(batch, batch.tokens["advantages"]), per_sequence(batch, policy.detach() - reference), strict=True):
+        expected = [-0.1 * float(kl[t:].sum()) for t in range(len(kl))]
+        assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
+    assert not batch.tokens["advantages"].requires_grad
+
+
+def test_stable_reinforce_has_no_gradient_where_policy_equals_reference_and_the_return_is_zero():
+    """The published code fails this: its KL term is not detached (oreo.md, L5)."""
+    algo = ReinforceAlgoConfig(advantage="none", loss_reduction="sequence", return_clamp=(0.0, 10.0), kl=KLConfig(where="reward", kind="k1", coef=0.25))
+    driver = ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=algo))
+    samples = rollouts([0.0] * 6)
+    logprobs = -torch.rand(sum(LENGTHS) + 2 * len(LENGTHS))
+    samples.chunks, driver.policy = [FixedLogprobs(logprobs)], FixedLogprobs(logprobs)
+    batch, _ = driver.credit(samples)
+    weights, denominator = loss_weights(batch, "sequence")
+    parameter = logprobs.clone().requires_grad_()
+    loss, _ = PolicyGradientLoss(algo, 0.25)(
+        ModelOutput(logprobs=parameter, entropy=torch.zeros_like(parameter)),
+        batch.with_tokens(loss_weights=weights),
+        {"loss": denominator, "tokens": float(batch.num_actions)},
+    )
+    loss.backward()
+    assert parameter.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "batch", "constant"])
+@pytest.mark.parametrize("where", ["none", "loss"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(reduction, where):
+    algo = ReinforceAlgoConfig(advantage="rloo", entropy_coef=0.01, kl=KLConfig(where=where, coef=0.1), importance_correction="truncate")
+    batch, _ = ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=replace(algo, kl=KLConfig()))).credit(rollouts())
+    weights, denominator = loss_weights(batch, reduction, max_response_tokens=8)
+    batch = batch.with_tokens(loss_weights=weights, ref_logprobs=-torch.rand(batch.num_tokens), old_logprobs=-torch.rand(batch.num_tokens))
+    base, denominators = -torch.rand(batch.num_tokens), {"loss": denominator, "tokens": float(batch.num_actions)}
+
+    def gradient(cuts):
+        parameter = base.clone().requires_grad_()
+        totals = {}
+        for indices in cuts:
+            index = batch.token_index(indices) if indices else None
+            part = batch.select(indices) if indices else batch.empty_like_dummy()
+            logprobs = parameter[index] if indices else torch.zeros(2, requires_grad=True)
+            loss, metrics = PolicyGradientLoss(algo, 0.1)(ModelOutput(logprobs=logprobs, entropy=-logprobs * 0.5), part, denominators)
+            loss.backward()
+            for name, value in metrics.items():
+                if not name.endswith(("/max", "/min")):
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        return parameter.grad, totals
+
+    whole, metrics = gradient([[0, 1, 2, 3, 4, 5]])
+    pieces, summed = gradient([[5, 1], [0], [], [2, 4, 3]])
+    assert torch.isfinite(whole).all() and torch.allclose(whole, pieces, rtol=1e-6, atol=1e-9)
+    assert summed == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_a_response_whose_grader_failed_is_counted_and_does_not_train():
+    driver = trainer(advantage="rloo")
+    batch, metrics = driver.credit(rollouts([0.0, 0.0, 1.0, 1.0, 1.0, 0.0], ["timeout", "ok", "ok", "ok", "ok", "no_answer"]))
+    assert metrics["rollout/ungraded"] == 1 and batch.num_sequences == 5
+    # The siblings are compared among themselves: 0 and 1, not 0, 0 and 1.
+    assert [float(values[0]) for values in per_sequence(batch, batch.tokens["advantages"])][:2] == [-1.0, 1.0]
+    with pytest.raises(WorkerError, match="not one of 6 responses could be graded"):
+        driver.credit(rollouts(REWARDS, ["error"] * 6))
+
+
+def test_minibatches_partition_the_batch_and_keep_siblings_together():
+    driver = ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=ReinforceAlgoConfig(minibatches=2, epochs=2)))
+    driver.policy = FixedLogprobs(torch.zeros(sum(LENGTHS) + 2 * len(LENGTHS)))
+    batch, _ = driver.credit(rollouts())
+    parts = driver._minibatches(batch, 0)
+    assert sorted(map(tuple, parts)) == [(0, 1, 2), (3, 4, 5)]
+    assert parts == driver._minibatches(batch, 0)
