@@ -6,7 +6,8 @@
 #   PYTHON=/path/to/python3.11    the interpreter to use (default: the first Python 3.11 found)
 #   OPENRL_DEVICE=cpu|gpu         the packages to install (default: gpu where `nvidia-smi -L` lists one, else cpu)
 #
-# Where packages come from is pip's own configuration. Nothing is downloaded but packages, and no compiler is needed on a CPU machine.
+# Where packages come from is pip's own configuration. Nothing is downloaded but packages, and no compiler is needed on a CPU machine. The machine
+# itself is left as it is, with one exception: a missing libnuma1 is installed with apt-get when that is possible.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
