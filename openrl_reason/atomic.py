@@ -27,14 +27,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.parent / f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync_tree(temporary)
-        _replace_folder(temporary, path)
-    except BaseException as error:
+        with naming_disk_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _sync_tree(temporary)
+            _replace_folder(temporary, path)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_disk_error(error):
-            raise CheckpointError(f"could not write {path}: {error}. Nothing that was there before has been touched") from error
         raise
 
 
@@ -64,6 +63,17 @@ def remove_unfinished(folder: str | Path) -> None:
             os.rename(leftover, original)
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextmanager
+def naming_disk_errors(path: str | Path) -> Iterator[None]:
+    """Turns what the disk refuses within the block into a CheckpointError that names ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_error(error):
+            raise CheckpointError(f"could not write {path}: {error}. Nothing that was there before has been touched") from error
+        raise
 
 
 def is_disk_error(error: BaseException) -> bool:

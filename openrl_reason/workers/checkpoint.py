@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openrl_reason.atomic import atomic_folder, is_disk_error, remove_unfinished, write_json
+from openrl_reason.atomic import atomic_folder, naming_disk_errors, remove_unfinished, write_json
 from openrl_reason.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -45,7 +45,7 @@ class CheckpointManager:
         """
         path = self.folder / f"step-{step:08d}"
         record = json.dumps({"format": FORMAT_VERSION, "step": step, "state": state})
-        try:
+        with naming_disk_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder)
             with atomic_folder(path) as temporary:
@@ -55,8 +55,6 @@ class CheckpointManager:
             for old in self._complete_paths()[: -self.keep]:
                 if old != path:
                     shutil.rmtree(old)
-        except OSError as error:
-            raise CheckpointError(f"could not write the checkpoint {path}: {error}") from error
         return path
 
     def latest(self) -> Checkpoint | None:
@@ -91,6 +89,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"cannot read {path}: it does not hold a JSON object")
     return value
-
-
-__all__ = ["Checkpoint", "CheckpointManager", "is_disk_error"]

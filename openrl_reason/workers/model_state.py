@@ -60,6 +60,7 @@ def load_worker_state(worker: ModelWorker, folder: Path) -> None:
             shape = None if saved is None else tuple(saved.shape)
             raise CheckpointError(f"{folder} holds partition {index} of shape {shape}, this run's has {tuple(master.shape)}. {_WAY_OUT}")
         master.data.copy_(saved)
+        state.pop(master, None)  # a checkpoint from before the first step has no moments
         if f"exp_avg/{index}" in tensors:
             state[master] = {key: tensors[f"{key}/{index}"].to(master.device) for key in _ADAM_KEYS}
     refresh_model_from_masters(worker.engine)

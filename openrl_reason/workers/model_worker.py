@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from openrl_reason.atomic import naming_disk_errors
 from openrl_reason.errors import ConfigError
 from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
@@ -256,10 +257,11 @@ class ModelWorker:
         only noted). A model that is only run writes its weights, from rank 0."""
         from openrl_reason.workers.model_state import save_frozen_weights, save_worker_state
 
-        if self.trained:
-            save_worker_state(self, Path(folder), step)
-        else:
-            save_frozen_weights(self, Path(folder))
+        with naming_disk_errors(folder):
+            if self.trained:
+                save_worker_state(self, Path(folder), step)
+            else:
+                save_frozen_weights(self, Path(folder))
 
     def load_state(self, folder: str | Path) -> int:
         """Restores ``save_state`` bit by bit. Collective. Returns the optimiser steps taken. Raises CheckpointError if it does not fit."""
