@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -62,6 +63,20 @@ def supervised_loss(outputs, batch, denominators):
         "logprob/max": float("-inf") if empty else chosen.max(),
         "logprob/min": float("inf") if empty else chosen.min(),
     }
+
+
+def failing_loss(outputs, batch, denominators):
+    raise ZeroDivisionError("the user's loss divides by nothing")
+
+
+def failing_on_rank_1(outputs, batch, denominators):
+    if torch.distributed.get_rank() == 1:
+        raise MemoryError("out of memory in rank 1")
+    return supervised_loss(outputs, batch, denominators)
+
+
+def endless_loss(outputs, batch, denominators):
+    time.sleep(60)
 
 
 def first_moments(worker) -> torch.Tensor:

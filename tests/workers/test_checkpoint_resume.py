@@ -34,7 +34,7 @@ def train(worker, steps):
 
 
 CASES = [dict(zero_stage=stage, dtype=dtype) for stage in range(4) for dtype in ("float32", "bfloat16")]
-CASES += [dict(zero_stage=stage, dtype=dtype, lora=LoraConfig(rank=4, dropout=0.2)) for stage in range(4) for dtype in ("float32", "bfloat16")]
+CASES += [case | dict(lora=LoraConfig(rank=4, dropout=0.2)) for case in CASES]
 CASES += [dict(zero_stage=stage, offload_optimizer=True) for stage in (1, 2, 3)]
 CASES += [dict(zero_stage=3, offload_optimizer=True, offload_parameters=True, dtype="bfloat16"), dict(zero_stage=1, weight_decay=0.1)]
 
