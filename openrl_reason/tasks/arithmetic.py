@@ -8,7 +8,7 @@ level  problems                                                      example
 =====  ============================================================  ==================================
 1      two steps of + and - with one-digit operands, values to 20    ``14+5-8=?``
 2      three such steps                                              ``9+4-7+6=?``
-3      two or three steps with one product, two-digit numbers        ``8*3-5+17=?``
+3      a product, then two sums, two-digit numbers                   ``8*3-5+17=?``
 4      three or four steps, brackets, two-digit numbers              ``(14+8)*3-19+40=?``
 5      four or five steps, three-digit numbers, exact divisions      ``(120+36)/4*7-88+205=?``
 =====  ============================================================  ==================================
@@ -101,7 +101,7 @@ def _draw_chain(rng: random.Random, level: int) -> _Chain | None:
     if level in (1, 2):
         return _chain(rng, rng.randint(1, 19), sums(level + 1), limit=9, ceiling=20)
     if level == 3:
-        return _chain(rng, rng.randint(2, 12), ["*", *sums(rng.randint(1, 2))], limit=30)
+        return _chain(rng, rng.randint(2, 12), ["*", *sums(2)], limit=30)
     if level == 4:
         return _chain(rng, rng.randint(5, 40), [*sums(1), "*", *sums(rng.randint(1, 2))], limit=60)
     return _chain(rng, rng.randint(20, 400), [*sums(1), "/", "*", *sums(rng.randint(1, 2))], limit=300)

@@ -6,6 +6,7 @@ The gold answer is what follows ``####``. Training data with questions of the pu
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 
@@ -26,6 +27,7 @@ def question_hash(question: str) -> bytes:
     return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
 
 
+@functools.cache
 def published_test_hashes() -> frozenset[bytes]:
     """Hashes of the 1319 questions of the published test split."""
     packed = base64.b85decode(PACKED)
