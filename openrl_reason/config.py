@@ -55,9 +55,9 @@ def _explain(message: str, flags: dict[str, type]) -> str:
     if in_group:
         name = f"{in_group[1]}.{in_group[2]}"
         return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
-    top = re.search(r"[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message)
+    top = re.search(r"Option '([\w.]+)' is not accepted", message)
     if top:
-        name = top[1] or top[2]
+        name = top[1]
         return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
     return " ".join(message.split())

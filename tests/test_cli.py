@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+TINY = ["--tiny.hidden_size", "64", "--tiny.num_layers", "2", "--tiny.num_heads", "2", "--tiny.num_kv_heads", "1"]
 
 
 def run(*words, **kwargs):
@@ -17,7 +21,7 @@ def run(*words, **kwargs):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "model"
-    result = run("make-model", "--output", str(folder), "--tiny.hidden_size", "64", "--tiny.num_layers", "2", "--tiny.num_heads", "2", "--tiny.num_kv_heads", "1")
+    result = run("make-model", "--output", str(folder), *TINY)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -61,7 +65,7 @@ def test_the_dry_run_prints_actors_bundles_and_batch_arithmetic_and_starts_nothi
 
 
 def test_make_model_twice_with_one_seed_gives_the_same_bytes(model, tmp_path):
-    result = run("make-model", "--output", str(tmp_path / "again"), "--tiny.hidden_size", "64", "--tiny.num_layers", "2", "--tiny.num_heads", "2", "--tiny.num_kv_heads", "1")
+    result = run("make-model", "--output", str(tmp_path / "again"), *TINY)
     assert result.returncode == 0, result.stderr
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         assert (model / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""How per-token terms become one number. A reduction is a weight per token and one global denominator, so that any cut of the batch sums to the same."""
+"""How per-token terms become one number: a weight per token and one global denominator, so that any cut of the batch sums to the same."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """REINFORCE and its family on Ray: collect, grade, credit, update, sync.
 
-One driver for the algorithms that need no critic. They differ by the baseline that is subtracted from the reward, by what is whitened, and by how
-the loss is averaged (``ADVANTAGES``). All of them ascend the clipped policy-gradient objective; with one update per collection the ratio is one and
-the clip never acts, which is plain REINFORCE.
+One driver for the algorithms that need no critic. They differ by the baseline that is subtracted from the reward, by what is whitened, and
+by how the loss is averaged (``ADVANTAGES``). All of them ascend the clipped policy-gradient objective; with one update per collection the
+ratio is one and the clip never acts, which is plain REINFORCE.
 
 KL to the reference: in the reward, detached (``kl.where = "reward"``: -coef * log(pi/ref) is paid at each token), or as a term of the loss.
-"Stable REINFORCE" (LLM_RL) is ``advantage none``, ``loss_reduction sequence``, ``kl.where reward``, ``return_clamp``, ``reference.refresh_every``; its
-published code leaves the KL term undetached, which is not a KL penalty, and is not repeated.
+"Stable REINFORCE" (LLM_RL) is ``advantage none``, ``loss_reduction sequence``, ``kl.where reward``, ``return_clamp`` and
+``reference.refresh_every``; its published code leaves the KL term undetached, which is not a KL penalty, and is not repeated.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def check_reinforce(config: ReinforceConfig) -> None:
     require(0.0 < algo.gamma <= 1.0, "algo.gamma", algo.gamma, "must be above 0 and at most 1")
     require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
     require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
-    require(not (kl.where == "loss" and kl.kind == "k1"), "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or where reward")
+    idle = kl.where == "loss" and kl.kind == "k1"
+    require(not idle, "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or --algo.kl.where reward")
     require(algo.epochs >= 1, "algo.epochs", algo.epochs, "at least 1")
     require_divisible("prompts_per_step", config.prompts_per_step, "algo.minibatches", algo.minibatches)
     require(not (config.reference.refresh_every and kl.where == "none"), "reference.refresh_every", config.reference.refresh_every,
@@ -260,10 +261,14 @@ class ReinforceTrainer(Trainer):
         callbacks: called after each step with (finished steps, metrics).
     """
 
-    headline: ClassVar = ("train/reward", "train/policy_loss", "train/kl", "train/entropy", "response_length/mean", "sampling/logprob_difference/mean",
-                          "train/grad_norm", "timing/step")  # fmt: skip
-    curves: ClassVar = ("train/reward", "train/entropy", "response_length/mean", "train/kl", "train/grad_norm", "timing/step",
-                        "sampling/logprob_difference/mean", "train/zero_variance_groups")  # fmt: skip
+    headline: ClassVar = (
+        "train/reward", "train/policy_loss", "train/kl", "train/entropy", "response_length/mean", "sampling/logprob_difference/mean",
+        "train/grad_norm", "timing/step",
+    )  # fmt: skip
+    curves: ClassVar = (
+        "train/reward", "train/entropy", "response_length/mean", "train/kl", "train/grad_norm", "timing/step",
+        "sampling/logprob_difference/mean", "train/zero_variance_groups",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -369,7 +374,8 @@ class ReinforceTrainer(Trainer):
         if self.config.max_logprob_difference and not difference <= self.config.max_logprob_difference:
             raise GateError(
                 f"mean |engine - trainer log-prob| is {difference:.3g} at step {self.done}, above --max_logprob_difference"
-                f" {self.config.max_logprob_difference:g}: the engine does not sample from the model that is trained (use float32 to tell rounding from a fault)"
+                f" {self.config.max_logprob_difference:g}: the engine does not sample from the model that is trained"
+                " (float32 for both tells rounding from a fault)"
             )
         metrics["timing/update"] = time.perf_counter() - started
         metrics["perf/trained_tokens_per_second"] = batch.num_tokens * algo.epochs / metrics["timing/update"]
@@ -415,16 +421,19 @@ class ReinforceTrainer(Trainer):
         ]
 
     def plan(self) -> list[tuple[str, str]]:
-        config, algo = self.config, self.config.algo
-        rollouts = config.prompts_per_step * config.samples_per_prompt
+        config, algo, engines, budget = self.config, self.config.algo, self.config.rollout, self.config.sampling.max_new_tokens
+        prompts, samples, updates = config.prompts_per_step, config.samples_per_prompt, self._updates_per_step
+        responses = prompts * samples
+        reference = config.reference if algo.kl.where != "none" else None
+        cut = f"{algo.epochs} epochs x {algo.minibatches} minibatches of {responses // algo.minibatches} responses"
         return [
             ("algorithm", f"{algo.advantage}, {self._reduction} reduction, KL {algo.kl.where}, gamma {algo.gamma:g}"),
-            ("rollouts of a step", f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples = {rollouts} responses of <= {config.sampling.max_new_tokens} tokens"),
-            ("optimiser steps", f"{algo.epochs} epochs x {algo.minibatches} minibatches of {rollouts // algo.minibatches} responses = {self._updates_per_step} of each step; {self.run.steps * self._updates_per_step} in all"),
+            ("rollouts of a step", f"{prompts} prompts x {samples} samples = {responses} responses of <= {budget} tokens"),
+            ("optimiser steps", f"{cut} = {updates} of each step; {self.run.steps * updates} in all"),
             ("policy", describe_model(config.policy)),
-            ("engines", f"{config.rollout.num_engines} x {config.rollout.dtype}, tensor parallel {config.rollout.tensor_parallel}, context {config.rollout.max_model_len}"),
-            ("memory of the weights", estimate_memory(config.policy, engines=config.rollout, reference=self.config.reference if algo.kl.where != "none" else None)),
-        ]  # fmt: skip
+            ("engines", f"{engines.num_engines} x {engines.dtype}, tensor parallel {engines.tensor_parallel}, context {engines.max_model_len}"),
+            ("memory of the weights", estimate_memory(config.policy, engines=engines, reference=reference)),
+        ]
 
     def prepare(self) -> None:
         from openrl_reason.models.loading import load_tokenizer

@@ -148,6 +148,8 @@ class SFTTrainer(Trainer):
             return kept, [], len(self._given) - len(kept)
         if config.data.path:
             data = load_sft_trajectories(replace(config.data, max_length=config.max_length), tokenizer)
+            if data.num_truncated:
+                print(f"{data.num_truncated} sequences were cut to --max_length {config.max_length} tokens (--data.overlong truncate)")
             return data.trajectories, [], data.num_overlong
         task = self._task or load_task(config.task)
         train = [solution_trajectory(task, item, tokenizer) for item in task.items("train")]

@@ -27,7 +27,9 @@ class LocalPolicy:
         self._max_grad_norm, self._version = max_grad_norm, 0
 
     @torch.no_grad()
-    def act(self, text: str, *, max_new_tokens: int = 128, temperature: float = 1.0, task_id: str = "", sample_index: int = 0) -> tuple[str, Trajectory]:
+    def act(
+        self, text: str, *, max_new_tokens: int = 128, temperature: float = 1.0, task_id: str = "", sample_index: int = 0
+    ) -> tuple[str, Trajectory]:
         """Samples one response to a prompt; returns its text and the token-exact trajectory (reward still 0).
 
         The whole prefix is run again for each token: right for toys, far too slow for anything else.

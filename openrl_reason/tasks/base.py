@@ -38,7 +38,7 @@ class TaskConfig:
     """arithmetic: difficulty levels, 1 to 5, mixed in equal parts."""
     styles: tuple[str, ...] = ("expression",)
     """arithmetic: expression, word, or both."""
-    num_train: int = 10000
+    num_train: int = 4000
     """Number of training items. Of data from files: at most so many, the first ones; 0 means all."""
     num_test: int = 200
     """Number of held-out items; as num_train."""

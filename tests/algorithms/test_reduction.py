@@ -12,7 +12,10 @@ from openrl_reason.core.trajectory import Trajectory
 def batch_of(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return TokenBatch.from_trajectories(
-        [Trajectory.from_completion(rng.integers(0, 9, 3), rng.integers(0, 9, n), None, task_id=str(i), group_id="g", sample_index=i) for i, n in enumerate(lengths)]
+        [
+            Trajectory.from_completion(rng.integers(0, 9, 3), rng.integers(0, 9, n), None, task_id=str(i), group_id="g", sample_index=i)
+            for i, n in enumerate(lengths)
+        ]
     )
 
 

@@ -101,7 +101,8 @@ def test_kl_in_the_reward_is_paid_from_each_token_on_and_carries_no_gradient():
 
 def test_stable_reinforce_has_no_gradient_where_policy_equals_reference_and_the_return_is_zero():
     """The published code fails this: its KL term is not detached (oreo.md, L5)."""
-    algo = ReinforceAlgoConfig(advantage="none", loss_reduction="sequence", return_clamp=(0.0, 10.0), kl=KLConfig(where="reward", kind="k1", coef=0.25))
+    kl = KLConfig(where="reward", kind="k1", coef=0.25)
+    algo = ReinforceAlgoConfig(advantage="none", loss_reduction="sequence", return_clamp=(0.0, 10.0), kl=kl)
     driver = ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=algo))
     samples = rollouts([0.0] * 6)
     logprobs = -torch.rand(sum(LENGTHS) + 2 * len(LENGTHS))

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from openrl_reason.observe.run_log import read_records
 
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TINY = ["--tiny.hidden_size", "64", "--tiny.num_layers", "2", "--tiny.num_heads", "2", "--tiny.num_kv_heads", "1", "--tiny.intermediate_size", "128"]
 
 
@@ -37,7 +39,8 @@ def run_until(records, folder, *words, timeout=400):
 def comparable(folder):
     """The records of a run without wall-clock figures."""
     return [
-        {name: value for name, value in record.items() if not name.startswith(("timing/", "perf/"))} for record in read_records(folder / "metrics.jsonl")
+        {name: value for name, value in record.items() if not name.startswith(("timing/", "perf/"))}
+        for record in read_records(folder / "metrics.jsonl")
     ]
 
 

@@ -53,7 +53,8 @@ def test_ctrl_c_stops_with_one_line_and_leaves_no_half_written_checkpoint(sft_wo
 
 
 def test_two_ranks_and_zero_3_log_the_same_losses_as_one_rank(sft_words, sft_run, tmp_path):
-    run(*sft_words, "--run.output_dir", tmp_path / "two", "--policy.num_ranks", "2", "--policy.zero_stage", "3", "--policy.tokens_per_micro_batch", "256")
+    more = ["--policy.num_ranks", "2", "--policy.zero_stage", "3", "--policy.tokens_per_micro_batch", "256"]
+    run(*sft_words, "--run.output_dir", tmp_path / "two", *more)
     for one, two in zip(comparable(sft_run), comparable(tmp_path / "two"), strict=True):
         for name in ("train/loss", "train/grad_norm", "eval/loss"):
             if name in one:
