@@ -19,7 +19,7 @@ from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
-from openrl_reason.workers.weight_sync import Manifest, received_tensors
+from openrl_reason.workers.weight_sync import Manifest, host_identity, received_tensors
 
 
 class RolloutEngine:
@@ -213,6 +213,42 @@ class RolloutEngine:
         self._engine.engine_core.shutdown()
 
 
+class EngineActor:
+    """`RolloutEngine` as a Ray actor."""
+
+    def start(self, config: RolloutConfig, model_path: str, version: int, seed: int) -> None:
+        """Makes the engine. Not in ``__init__``, so that what goes wrong arrives as itself and not as a dead actor."""
+        self._engine = RolloutEngine(config, model_path, version=version, seed=seed)
+
+    def describe(self) -> dict[str, Any]:
+        """Process, host and log of this actor."""
+        return {"pid": os.getpid(), "host": host_identity(), "log": os.readlink("/proc/self/fd/2")}  # Ray points stderr at its log
+
+    def pump(self, requests: list[Request], max_seconds: float) -> tuple[list[Completion], float]:
+        """What finished, and the seconds this call worked."""
+        before = self._engine.seconds_busy
+        completions = self._engine.pump(requests, max_seconds)
+        return completions, self._engine.seconds_busy - before
+
+    def load_weights(self, manifest: Manifest, version: int) -> float:
+        """Seconds that the load took."""
+        started = time.perf_counter()
+        self._engine.load_weights(manifest, version)
+        return time.perf_counter() - started
+
+    def abort_all(self) -> None:
+        """See `RolloutEngine.abort_all`."""
+        self._engine.abort_all()
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self._engine.wake()
+
+
 class WeightLoader:
     """Mixed into vLLM's worker class (``worker_extension_cls``): loads received weights in each tensor-parallel worker."""
 
@@ -232,7 +268,7 @@ class WeightLoader:
         expected = {name for name, _ in model.named_parameters()}  # a tied head is the embedding's parameter, listed once
         if self._load_interrupted:
             raise WorkerError("an earlier load failed half-way, which left the model in parts: this engine has to be restarted")
-        with torch.inference_mode(), set_current_vllm_config(self.vllm_config), received_tensors(manifest, version) as tensors:
+        with torch.inference_mode(), set_current_vllm_config(self.vllm_config), received_tensors(manifest, version, self.rank) as tensors:
             self._load_interrupted = True
             initialize_layerwise_reload(model)
             loaded = model.load_weights(tensors)

@@ -10,6 +10,7 @@ and nothing of a replaced engine is read any more: each request completes exactl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -21,9 +22,10 @@ from typing import Any, Protocol
 from openrl_reason.core.seeds import content_id
 from openrl_reason.environment import require
 from openrl_reason.errors import ConfigError, OpenRLError, WorkerError
-from openrl_reason.workers.engine import RolloutEngine
+from openrl_reason.workers.engine import EngineActor, RolloutEngine
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, SamplingConfig, check_requests
-from openrl_reason.workers.weight_sync import Manifest, Sender, host_identity, make_sender
+from openrl_reason.workers.weight_broadcast import BroadcastSender
+from openrl_reason.workers.weight_sync import BROADCASTS, Manifest, Sender, host_identity, make_sender
 
 __all__ = ["Completion", "Request", "RolloutConfig", "RolloutEngine", "RolloutPool", "SamplingConfig"]
 
@@ -47,52 +49,11 @@ class PublishesWeights(Protocol):
         ...
 
 
-class EngineActor:
-    """`RolloutEngine` as a Ray actor."""
-
-    def start(self, config: RolloutConfig, model_path: str, version: int, seed: int) -> None:
-        """Makes the engine. Not in ``__init__``, so that what goes wrong arrives as itself and not as a dead actor."""
-        self._engine = RolloutEngine(config, model_path, version=version, seed=seed)
-
-    def describe(self) -> dict[str, Any]:
-        """Process, host and log of this actor."""
-        import ray
-
-        context = ray.get_runtime_context()
-        folder = os.path.join(context.get_temp_dir(), context.get_session_name(), "logs")
-        log = os.path.join(folder, f"worker-{context.get_worker_id()}-{context.get_job_id()}-{os.getpid()}.err")
-        return {"pid": os.getpid(), "host": host_identity(), "log": log}
-
-    def pump(self, requests: list[Request], max_seconds: float) -> tuple[list[Completion], float]:
-        """What finished, and the seconds this call worked."""
-        before = self._engine.seconds_busy
-        completions = self._engine.pump(requests, max_seconds)
-        return completions, self._engine.seconds_busy - before
-
-    def load_weights(self, manifest: Manifest, version: int) -> float:
-        """Seconds that the load took."""
-        started = time.perf_counter()
-        self._engine.load_weights(manifest, version)
-        return time.perf_counter() - started
-
-    def abort_all(self) -> None:
-        """See `RolloutEngine.abort_all`."""
-        self._engine.abort_all()
-
-    def sleep(self) -> None:
-        """See `RolloutEngine.sleep`."""
-        self._engine.sleep()
-
-    def wake(self) -> None:
-        """See `RolloutEngine.wake`."""
-        self._engine.wake()
-
-
 @dataclass
 class _Call:
     """A remote call whose answer has not been read."""
 
-    kind: str
+    method: str
     answer_ref: Any
 
 
@@ -107,7 +68,7 @@ class _Seat:
     calls: deque[_Call] = field(default_factory=deque)
     """In order: an actor answers in order too."""
     waiting_since: float = 0.0
-    """When the first of ``calls`` was first seen waiting."""
+    """Since when the first of ``calls`` has been the first."""
     unsent: list[Request] = field(default_factory=list)
     """Assigned, and not yet sent to the actor."""
     unfinished: dict[str, Request] = field(default_factory=dict)
@@ -140,7 +101,9 @@ class RolloutPool:
         self._placement, self._first_version, self._seed = placement, version, seed
         self.version = version
         self._manifest: Manifest | None = None
-        self._sender: Sender | None = None
+        self._publisher: PublishesWeights | None = None
+        self._senders: dict[str, Sender] = {}
+        self._broadcaster: BroadcastSender | None = None
         self._engine_of_group: dict[str, int] = {}
         self._assigned = [0] * config.num_engines
         self._counts: Counter[str] = Counter(requests=0, completed=0, restarts=0, resubmitted=0)
@@ -207,9 +170,9 @@ class RolloutPool:
     def abort_all(self) -> None:
         """Drops every unfinished request, without waiting for the engines."""
         for seat in self._seats:
-            seat.calls = deque(call for call in seat.calls if call.kind != "pump")
+            seat.calls = deque(call for call in seat.calls if call.method != "pump")
             if seat.unfinished and seat.actor is not None:
-                seat.calls.append(_Call("abort", seat.actor.abort_all.remote()))
+                self._call(seat, "abort_all")
             seat.unsent.clear()
             seat.unfinished.clear()
         self._forget_groups()
@@ -224,18 +187,28 @@ class RolloutPool:
         seat.about = {}
         options = {"name": f"{seat.name}-{os.urandom(3).hex()}", "max_restarts": 0} | self._placement.actor_options("engine", seat.index)
         seat.actor = self._ray.remote(EngineActor).options(**options).remote()
-        seat.calls = deque([_Call("describe", seat.actor.describe.remote())])
-        seat.calls.append(_Call("start", seat.actor.start.remote(self.config, self.model_path, self._first_version, self._seed)))
-        seat.waiting_since = time.monotonic()
+        self._call(seat, "describe")
+        self._call(seat, "start", self.config, self.model_path, self._first_version, self._seed)
         if self._manifest is not None:
-            seat.calls.append(_Call("load", seat.actor.load_weights.remote(self._manifest, self.version)))
+            if self._manifest.transport in BROADCASTS:  # what was broadcast cannot be read again
+                self._manifest = self._publish(self.version, "object_store")
+            self._call(seat, "load_weights", self._manifest, self.version)
         self._feed(seat)
 
-    def _feed(self, seat: _Seat) -> None:
+    def _call(self, seat: _Seat, method: str, *args: Any) -> None:
         if not seat.calls:
             seat.waiting_since = time.monotonic()
-        while seat.unfinished and sum(call.kind == "pump" for call in seat.calls) < CALLS_IN_FLIGHT:
-            seat.calls.append(_Call("pump", seat.actor.pump.remote(seat.unsent, PUMP_SECONDS)))
+        seat.calls.append(_Call(method, getattr(seat.actor, method).remote(*args)))
+
+    def _call_all(self, method: str, *args: Any) -> None:
+        """Calls every engine and waits for the answers."""
+        for seat in self._seats:
+            self._call(seat, method, *args)
+        self._settle()
+
+    def _feed(self, seat: _Seat) -> None:
+        while seat.unfinished and sum(call.method == "pump" for call in seat.calls) < CALLS_IN_FLIGHT:
+            self._call(seat, "pump", seat.unsent, PUMP_SECONDS)
             seat.unsent = []
 
     def _poll(self) -> list[Completion]:
@@ -249,9 +222,9 @@ class RolloutPool:
             completions += self._read(heads.pop(ref))
         for seat in heads.values():
             waited = time.monotonic() - seat.waiting_since
-            limit = self.config.start_timeout_s if seat.calls[0].kind in ("describe", "start") else self.config.request_timeout_s
-            if waited > limit:
-                self._replace(seat, f"hung: no answer to {seat.calls[0].kind!r} for {waited:.0f} s")
+            method = seat.calls[0].method
+            if waited > (self.config.start_timeout_s if method in ("describe", "start") else self.config.request_timeout_s):
+                self._replace(seat, f"hung: no answer to {method!r} for {waited:.0f} s", hung=True)
         return completions
 
     def _read(self, seat: _Seat) -> list[Completion]:
@@ -263,17 +236,17 @@ class RolloutPool:
             what = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
             if isinstance(error.cause, OpenRLError):  # our own refusal: a new engine would answer alike
                 raise type(error.cause)(f"{seat.name}: {error.cause}; log: {self._log(seat)}") from error
-            if call.kind == "load" or (call.kind == "start" and not seat.restarts):
-                raise WorkerError(f"{seat.name} failed to {call.kind}: {what}; log: {self._log(seat)}") from error
-            self._replace(seat, f"{call.kind} raised {what}")
+            if call.method == "load_weights" or (call.method == "start" and not seat.restarts):
+                raise WorkerError(f"{seat.name} failed to {call.method}: {what}; log: {self._log(seat)}") from error
+            self._replace(seat, f"{call.method} raised {what}")
             return []
         except self._ray.exceptions.RayError as error:
-            self._replace(seat, f"died in {call.kind}: {_first_line(error)}")
+            self._replace(seat, f"died in {call.method}: {_first_line(error)}")
             return []
         completions: list[Completion] = []
-        if call.kind == "describe":
+        if call.method == "describe":
             seat.about = answer
-        elif call.kind == "pump":
+        elif call.method == "pump":
             completions, seconds = answer
             seat.seconds_busy += seconds
             for completion in completions:
@@ -294,9 +267,9 @@ class RolloutPool:
             completions += self._poll()
         return completions
 
-    def _replace(self, seat: _Seat, cause: str) -> None:
+    def _replace(self, seat: _Seat, cause: str, *, hung: bool = False) -> None:
         log = self._log(seat)
-        self._kill(seat)
+        self._kill(seat, hung=hung)
         seat.restarts += 1
         if seat.restarts > self.config.max_restarts:
             limit = self.config.max_restarts
@@ -304,16 +277,15 @@ class RolloutPool:
         self._counts["restarts"] += 1
         self._counts["resubmitted"] += len(seat.unfinished) - len(seat.unsent)
         seat.unsent = list(seat.unfinished.values())
+        self._broadcaster = None  # its group has lost a member
         self._start(seat)
 
-    def _kill(self, seat: _Seat) -> None:
+    def _kill(self, seat: _Seat, *, hung: bool = False) -> None:
         if seat.actor is None:
             return
-        if seat.about.get("host") == host_identity():
-            try:
+        if hung and seat.about.get("host") == host_identity():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(seat.about["pid"], signal.SIGKILL)  # Ray asks the process to end, which a stopped one never does
-            except ProcessLookupError:
-                pass
         self._ray.kill(seat.actor)
         seat.actor = None
         seat.calls.clear()
@@ -337,37 +309,52 @@ class RolloutPool:
             raise ConfigError(f"{self.num_unfinished} requests are unfinished: finish or abort them before new weights are loaded")
         started = time.perf_counter()
         self._settle()
-        if self._sender is None:
-            hosts = {seat.about["host"] for seat in self._seats}
-            transport, checksum = self.config.weight_transport, self.config.sync_checksum
-            self._sender = make_sender(transport, dtype=self.config.dtype, checksum=checksum, engine_hosts=hosts)
-        manifest = model_group.publish_weights(self._sender, version)
-        if manifest.version != version:
-            raise WorkerError(f"the trainer published weights version {manifest.version}, but version {version} was asked for")
+        self._publisher = model_group
+        if self.config.weight_transport in BROADCASTS:
+            manifest = self._broadcast(version)
+        else:
+            manifest = self._publish(version, self.config.weight_transport)
         published = time.perf_counter()
         self._manifest, self.version = manifest, version
         self._forget_groups()
-        for seat in self._seats:
-            seat.waiting_since = time.monotonic()
-            seat.calls.append(_Call("load", seat.actor.load_weights.remote(manifest, version)))
-        self._settle()
+        if manifest.transport in BROADCASTS:
+            self._settle()
+        else:
+            self._call_all("load_weights", manifest, version)
         ended = time.perf_counter()
         return {"sync/publish": published - started, "sync/load": ended - published, "sync/total": ended - started}
 
     def sleep(self) -> None:
         """Frees the GPUs for the trainer; on CPUs does nothing."""
-        self._everywhere("sleep")
+        self._call_all("sleep")
 
     def wake(self) -> None:
         """Undoes `sleep`."""
-        self._everywhere("wake")
+        self._call_all("wake")
 
-    def _everywhere(self, method: str) -> None:
-        self._settle()
+    def _publish(self, version: int, transport: str) -> Manifest:
+        if transport not in self._senders:
+            hosts = {seat.about.get("host", "") for seat in self._seats}
+            checksum = self.config.sync_checksum
+            self._senders[transport] = make_sender(transport, dtype=self.config.dtype, checksum=checksum, engine_hosts=hosts)
+        manifest = self._publisher.publish_weights(self._senders[transport], version)
+        if manifest.version != version:
+            raise WorkerError(f"the trainer published weights version {manifest.version}, but version {version} was asked for")
+        return manifest
+
+    def _broadcast(self, version: int) -> Manifest:
+        """Engines first, then the trainer: a broadcast needs everybody. An engine found dead before is replaced before."""
+        self._call_all("describe")
+        if self._broadcaster is None:
+            workers = self.config.tensor_parallel
+            self._broadcaster = BroadcastSender(
+                self.config.weight_transport, self.config.dtype, self.config.sync_checksum, workers * len(self._seats),
+                self.config.request_timeout_s,
+            )  # fmt: skip
         for seat in self._seats:
-            seat.waiting_since = time.monotonic()
-            seat.calls.append(_Call(method, getattr(seat.actor, method).remote()))
-        self._settle()
+            announced = self._broadcaster.announce(version, seat.index * self.config.tensor_parallel)
+            self._call(seat, "load_weights", announced, version)
+        return self._publisher.publish_weights(self._broadcaster, version)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start: requests, completed, restarts, resubmitted, prompt_tokens, cached_prompt_tokens, generated_tokens,

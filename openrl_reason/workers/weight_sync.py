@@ -33,6 +33,7 @@ ALIGNMENT = 64
 HEADER_BYTES = 4096
 BEING_WRITTEN = -1
 BUCKET_BYTES = 256 << 20
+BROADCASTS = ("gloo", "nccl")
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -137,7 +138,8 @@ def _crc(buffer: Any, entry: PackedTensor) -> int:
     return zlib.crc32(memoryview(buffer)[entry.offset : entry.offset + entry.nbytes])
 
 
-def _verify(buffer: Any, entry: PackedTensor, version: int) -> None:
+def verify_checksum(buffer: Any, entry: PackedTensor, version: int) -> None:
+    """Raises WorkerError if the entry brought a checksum and its bytes in ``buffer`` have another."""
     if entry.checksum is not None and (found := _crc(buffer, entry)) != entry.checksum:
         raise WorkerError(
             f"weights version {version}: the checksum of {entry.name!r} is {found:#010x} here and {entry.checksum:#010x} at the sender:"
@@ -236,7 +238,7 @@ def _from_shared_memory(manifest: Manifest) -> Iterator[Iterator[tuple[str, torc
 
     check()
     for entry in manifest.tensors:
-        _verify(memory, entry, manifest.version)
+        verify_checksum(memory, entry, manifest.version)
     yield ((entry.name, tensor_view(memory, entry)) for entry in manifest.tensors)
     check()  # the trainer did not start on the next version while these were being read
 
@@ -249,23 +251,24 @@ def pack_buckets(
 ) -> Iterator[tuple[torch.Tensor, list[PackedTensor]]]:
     """Copies tensors into buckets (uint8, on the tensors' device) of at most ``bucket_bytes``; a larger tensor has one of its own.
 
-    Each tensor is copied before the next one is asked for, so an iterator may free what it gave.
+    Each tensor is copied before the next one is asked for, so an iterator may free what it gave. A bucket is valid until the next one is
+    asked for: they share one buffer.
     """
-    bucket, entries, end, index = None, [], 0, 0
+    buffer, entries, end, index = torch.empty(0, dtype=torch.uint8), [], 0, 0
     for name, tensor in tensors:
         wire = wire_dtype(tensor, dtype)
         nbytes = tensor.numel() * wire.itemsize
-        if bucket is not None and end + nbytes > len(bucket):
-            yield bucket[:end], entries
-            bucket, entries, end, index = None, [], 0, index + 1
-        if bucket is None:
-            bucket = torch.empty(max(bucket_bytes, nbytes), dtype=torch.uint8, device=tensor.device)
+        if entries and end + nbytes > bucket_bytes:
+            yield buffer[:end], entries
+            entries, end, index = [], 0, index + 1
+        if end + nbytes > len(buffer):  # the bucket is empty then
+            buffer = torch.empty(max(bucket_bytes, nbytes), dtype=torch.uint8, device=tensor.device)
         entry = PackedTensor(name, tuple(tensor.shape), _name_of(wire), index, end, nbytes)
-        bucket_view(bucket, entry).copy_(tensor.detach())
-        entries.append(replace(entry, checksum=_crc(bucket.cpu().numpy(), entry)) if checksum else entry)
-        end = min(_aligned(end + nbytes), len(bucket))
-    if bucket is not None:
-        yield bucket[:end], entries
+        bucket_view(buffer, entry).copy_(tensor.detach())
+        entries.append(replace(entry, checksum=_crc(buffer.cpu().numpy(), entry)) if checksum else entry)
+        end = min(_aligned(end + nbytes), len(buffer))
+    if entries:
+        yield buffer[:end], entries
 
 
 def bucket_view(bucket: torch.Tensor, entry: PackedTensor) -> torch.Tensor:
@@ -302,7 +305,7 @@ def _from_object_store(manifest: Manifest) -> Iterator[Iterator[tuple[str, torch
             raise WorkerError(f"the manifest says weights version {manifest.version}, but bucket {index} holds version {version}")
         buckets.append(bucket)
     for entry in manifest.tensors:
-        _verify(buckets[entry.bucket], entry, manifest.version)
+        verify_checksum(buckets[entry.bucket], entry, manifest.version)
     yield ((entry.name, tensor_view(buckets[entry.bucket], entry)) for entry in manifest.tensors)
 
 
@@ -322,14 +325,24 @@ class AutoSender:
 
 
 @contextlib.contextmanager
-def received_tensors(manifest: Manifest, version: int) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-    """The tensors of a manifest, as read-only views, valid inside the ``with`` block. Checksums are verified before the first is given.
+def received_tensors(manifest: Manifest, version: int, worker: int = 0) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """The tensors of a manifest, as read-only views, valid inside the ``with`` block.
+
+    Checksums are verified before the first tensor is given (of a broadcast: bucket by bucket).
+
+    Args:
+        worker: index of the calling worker in its engine (tensor parallelism).
 
     Raises:
         WorkerError: the manifest or the bytes are of another version than ``version``, a checksum differs, or the bytes cannot be reached.
     """
     if manifest.version != version:
         raise WorkerError(f"asked to load weights version {version}, but the manifest says version {manifest.version}")
+    if manifest.transport in BROADCASTS:
+        from openrl_reason.workers.weight_broadcast import receive_broadcast
+
+        yield receive_broadcast(manifest, worker)
+        return
     receive = {"shared_memory": _from_shared_memory, "object_store": _from_object_store}[manifest.transport]
     with receive(manifest) as tensors:
         yield tensors

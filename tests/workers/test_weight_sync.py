@@ -1,8 +1,10 @@
 """Properties of the weight transports alone: no engine."""
 
 import os
+import pickle
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.workers import weight_sync
+from openrl_reason.workers.weight_broadcast import BroadcastSender
 from openrl_reason.workers.weight_sync import ALIGNMENT, bucket_view, make_sender, pack_buckets, received_tensors
 
 
@@ -129,6 +132,45 @@ def test_another_host_is_told_which_transport_to_use():
     elsewhere = replace(manifest, location=manifest.location | {"host": "another"})
     with pytest.raises(WorkerError, match="another host.*object_store"):
         read(elsewhere)
+
+
+def receive_in_threads(sender, count, version=1):
+    """What each of ``count`` receivers got, or the error it raised."""
+    results = [None] * count
+
+    def receive(index):
+        try:
+            results[index] = read(sender.announce(version, index))
+        except WorkerError as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=receive, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, results
+
+
+@pytest.mark.parametrize(("dtype", "checksum"), [("float32", True), ("bfloat16", False)])
+def test_what_arrives_by_broadcast_is_what_was_sent(dtype, checksum, monkeypatch):
+    monkeypatch.setattr(weight_sync.pack_buckets, "__kwdefaults__", {"checksum": False, "bucket_bytes": 600})
+    sender = BroadcastSender("gloo", dtype, checksum, num_receivers=2, timeout_s=30)
+    for version in (1, 2):
+        sent = weights(version)
+        threads, results = receive_in_threads(sender, 2, version)
+        manifest = pickle.loads(pickle.dumps(sender)).send(sent.items(), version)
+        for thread in threads:
+            thread.join()
+        assert manifest.tensors[-1].bucket > 0 and manifest.version == version
+        for received in results:
+            assert_same(received, sent, getattr(torch, dtype))
+
+
+def test_a_broadcast_of_another_version_is_an_error():
+    sender = BroadcastSender("gloo", "float32", False, num_receivers=1, timeout_s=30)
+    threads, results = receive_in_threads(sender, 1, version=1)
+    sender.send([("w", torch.ones(3))], 2)
+    threads[0].join(10)
+    assert "manifest says weights version 1, but version 2 arrived" in str(results[0])
 
 
 def test_an_unknown_transport_is_refused():
