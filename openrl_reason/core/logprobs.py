@@ -40,9 +40,7 @@ def token_logprobs(
     _check(hidden, lm_head_weight, token_ids, temperature, chunk_tokens, bias)
     head_is_frozen = not (lm_head_weight.requires_grad or (bias is not None and bias.requires_grad))
     keep_direction = torch.is_grad_enabled() and hidden.requires_grad and head_is_frozen
-    logprobs, entropy = _TokenLogprobs.apply(
-        hidden, lm_head_weight, bias, token_ids, float(temperature), chunk_tokens, with_entropy, keep_direction
-    )
+    logprobs, entropy = _TokenLogprobs.apply(hidden, lm_head_weight, bias, token_ids, float(temperature), chunk_tokens, with_entropy, keep_direction)
     return (logprobs, entropy) if with_entropy else logprobs
 
 

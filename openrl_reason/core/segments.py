@@ -6,6 +6,8 @@ computed in float64 and returned in the dtype of ``values``. Segments never mix:
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,11 @@ def segment_count(cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
     """int64 [B]: the number of (masked) tokens of each segment."""
     if mask is None:
         return segment_lengths(cu_seqlens)
-    counts = torch.nn.functional.pad(mask.to(torch.int64).cumsum(0), (1, 0))
-    return counts[cu_seqlens.to(torch.int64)].diff()
+    edges = cu_seqlens.to(torch.int64)
+    if not len(mask):
+        return segment_lengths(cu_seqlens)
+    up_to_edge = torch.where(edges > 0, mask.cumsum(0)[edges - 1], 0)
+    return up_to_edge.diff()
 
 
 def _reduce(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, kind: str, empty: float) -> Tensor:
@@ -109,40 +114,34 @@ def _scan(values: Tensor, lengths: Tensor, discount: float, reverse: bool) -> Te
         shift_B = (num_rows_B.cumsum(0) - num_rows_B) * _BLOCK - (lengths.cumsum(0) - lengths)
         place = torch.arange(values.numel(), device=values.device) + shift_B.repeat_interleave(lengths)
         rows = values.new_zeros(num_rows * _BLOCK).index_copy_(0, place, values).view(num_rows, _BLOCK)
-    scanned = _within_rows(rows, discount, reverse)
+    scanned = rows @ _tables(discount, reverse, rows.device)[0]
     if int(num_rows_B.max()) > 1:
         _carry_between_rows(scanned, num_rows_B, discount, reverse)
     flat = scanned.view(-1)
     return flat if aligned else flat.index_select(0, place)
 
 
-def _powers(discount: float, device: torch.device) -> Tensor:
-    """[BLOCK+1]: 1, discount, discount^2, ..."""
-    return torch.tensor([discount**exponent for exponent in range(_BLOCK + 1)], dtype=torch.float64, device=device)
-
-
-def _within_rows(rows: Tensor, discount: float, reverse: bool) -> Tensor:
-    powers = _powers(discount, rows.device)
-    index = torch.arange(_BLOCK, device=rows.device)
+@lru_cache(maxsize=64)
+def _tables(discount: float, reverse: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The triangle [BLOCK, BLOCK] with discount^(distance from source to target), and what each place of a row keeps of the carry [BLOCK]."""
+    index = torch.arange(_BLOCK)
     gap = index[:, None] - index[None, :]  # source minus target
-    if not reverse:
-        gap = -gap
+    powers = torch.tensor([discount**exponent for exponent in range(_BLOCK + 1)], dtype=torch.float64)
     triangle = torch.where(gap >= 0, powers[gap.clamp(min=0)], 0.0)
-    return rows @ triangle
+    if reverse:
+        return triangle.to(device), powers[1:].flip(0).to(device)
+    return triangle.T.contiguous().to(device), powers[1:].to(device)
 
 
 def _carry_between_rows(scanned: Tensor, num_rows_B: Tensor, discount: float, reverse: bool) -> None:
     """Adds, in place, what each row inherits from the rows on its far side: the scan of the rows' totals, with discount^BLOCK."""
-    powers = _powers(discount, scanned.device)
-    edge = scanned[:, 0 if reverse else -1]
-    totals = _scan(edge.contiguous(), num_rows_B, discount**_BLOCK, reverse)
+    totals = _scan(scanned[:, 0 if reverse else -1].contiguous(), num_rows_B, discount**_BLOCK, reverse)
     inherited = torch.zeros_like(totals)
     last_rows = num_rows_B.cumsum(0) - 1
     if reverse:
         inherited[:-1] = totals[1:]
         inherited[last_rows[num_rows_B > 0]] = 0.0  # nothing beyond a segment's last row
-        scanned.addr_(inherited, powers[1:].flip(0))
     else:
         inherited[1:] = totals[:-1]
         inherited[(last_rows - num_rows_B + 1)[num_rows_B > 0]] = 0.0
-        scanned.addr_(inherited, powers[1:])
+    scanned.addr_(inherited, _tables(discount, reverse, scanned.device)[1])
