@@ -48,7 +48,8 @@ def segment_mean(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None)
 
 def segment_max(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, *, empty: float = -torch.inf) -> Tensor:
     """[N] -> [B]: maximum of the (masked) values; ``empty`` where there is none. Differentiable."""
-    return _reduce(values, cu_seqlens, mask, "max", empty).to(values.dtype)
+    highest = _reduce(values, cu_seqlens, mask, "max", -torch.inf)
+    return torch.where(segment_count(cu_seqlens, mask) > 0, highest, empty).to(values.dtype)
 
 
 def segment_count(cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,11 +63,11 @@ def segment_count(cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
     return up_to_edge.diff()
 
 
-def _reduce(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, kind: str, empty: float) -> Tensor:
+def _reduce(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, kind: str, neutral: float) -> Tensor:
     wide = values.to(torch.float64)
     if mask is not None:  # where, not multiplication: 0 * NaN is NaN, in the value and in the gradient
-        wide = torch.where(mask, wide, torch.full((), empty, dtype=torch.float64, device=wide.device))
-    return torch.segment_reduce(wide, kind, lengths=segment_lengths(cu_seqlens), initial=empty, unsafe=True)
+        wide = torch.where(mask, wide, torch.full((), neutral, dtype=torch.float64, device=wide.device))
+    return torch.segment_reduce(wide, kind, lengths=segment_lengths(cu_seqlens), initial=neutral, unsafe=True)
 
 
 def reverse_cumsum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -72,6 +72,19 @@ def test_sequences_do_not_see_one_another():
     torch.testing.assert_close(whole[part], alone)
 
 
+@pytest.mark.parametrize("limit", [1, 50, 200])
+def test_a_large_batch_taken_in_groups_of_sequences_gives_the_same(monkeypatch, limit):
+    inputs = random_batch([1, 70, 3, 0, 33, 200, 5])
+    whole = gae(*inputs, gamma=0.9, lam=0.8)
+    monkeypatch.setattr("openrl_reason.core.credit._GROUP_TOKENS", limit)
+    torch.testing.assert_close(gae(*inputs, gamma=0.9, lam=0.8), whole, rtol=0, atol=1e-14)
+
+
+def test_whole_rewards_are_not_rounded_when_discounted():
+    returns = discounted_returns(torch.tensor([0, 1]), torch.tensor([True, True]), torch.tensor([0, 2]), gamma=0.5)
+    assert returns.tolist() == [0.5, 1.0]
+
+
 def test_credit_of_nothing_is_nothing():
     empty = torch.zeros(0)
     assert gae(empty, empty, empty.bool(), torch.tensor([0]))[0].shape == (0,)

@@ -83,8 +83,8 @@ def test_sum_mean_max_and_count_equal_loops(lengths, masked):
     torch.testing.assert_close(
         segments.segment_mean(values, cu_seqlens, used), gather([part.mean() if len(part) else zero for part in parts])
     )
-    highest = gather([part.max() if len(part) else zero - 7 for part in parts])
-    torch.testing.assert_close(segments.segment_max(values, cu_seqlens, used, empty=-7.0), highest)
+    highest = gather([part.max() if len(part) else zero + 7 for part in parts])
+    torch.testing.assert_close(segments.segment_max(values, cu_seqlens, used, empty=7.0), highest)
     assert segments.segment_count(cu_seqlens, used).tolist() == [len(part) for part in parts]
 
 
