@@ -43,18 +43,27 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def init_process_group(rank: int, world_size: int, master_addr: str, master_port: int, device: torch.device, timeout_s: float) -> None:
-    """Joins this process to its group: gloo on CPU, NCCL on GPU. A process that already belongs to one of the same size keeps it."""
+def init_process_group(
+    rank: int,
+    world_size: int,
+    master_addr: str,
+    master_port: int,
+    device: torch.device,
+    timeout_s: float,
+    store: torch.distributed.Store | None = None,
+) -> None:
+    """Joins this process to its group: gloo on CPU, NCCL on GPU. A process that already belongs to one of the same size keeps it.
+
+    ``store``: the rendezvous of rank 0, if it already listens (a port that was only probed could be taken by then).
+    """
     if torch.distributed.is_initialized():
         assert torch.distributed.get_world_size() == world_size, "this process already belongs to a process group of another size"
     elif world_size == 1:
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     else:
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{master_addr}:{master_port}",
+            store=store or torch.distributed.TCPStore(master_addr, master_port, is_master=rank == 0, wait_for_workers=False),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -69,9 +78,7 @@ def build_engine(model: nn.Module, config: ModelConfig, device: torch.device, hi
     deepspeed = import_deepspeed()
     optimizer = None
     if isinstance(config, TrainedModelConfig):
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, device, hidden_size, num_parameters), dist_init_required=False
@@ -131,6 +138,39 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _num_dims(parameter: nn.Parameter) -> int:
     return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
+
+
+def resident_tensors(model: nn.Module, engine: DeepSpeedEngine | None, device: torch.device) -> list[Tensor]:
+    """Everything of lasting size that a rank holds on ``device``: weights, masters, moments, gradient buffers."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tensors += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
+    if engine is not None and engine.optimizer is not None and hasattr(engine.optimizer, "step"):
+        masters, state = master_partitions(engine), adam_state(engine)
+        tensors += masters + [m.grad for m in masters if m.grad is not None]
+        tensors += [value for master in masters if master in state for value in state[master].values()]
+        for name in ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer"):  # of the bfloat16 and of the ZeRO-3 optimiser
+            held = vars(engine.optimizer).get(name)
+            tensors += held if isinstance(held, list) else [] if held is None else [held]
+    return [tensor for tensor in tensors if tensor.device.type == device.type]
+
+
+class ParkedMemory:
+    """Device memory given back while its content waits in host memory.
+
+    Works on storages, not tensors: whatever views DeepSpeed keeps of a buffer stay valid, since the storage comes back in place.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        storages = {storage.data_ptr(): storage for tensor in tensors if (storage := tensor.untyped_storage()).nbytes()}
+        self._parked = [(storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()]
+        for storage, _ in self._parked:
+            storage.resize_(0)
+
+    def restore(self) -> None:
+        for storage, content in self._parked:
+            storage.resize_(content.nbytes())
+            storage.copy_(content)
+        self._parked = []
 
 
 @contextmanager

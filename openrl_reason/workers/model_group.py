@@ -43,15 +43,16 @@ class AnyPlacement:
 class _ModelActor:
     """What runs in each Ray actor: a shell around ModelWorker, which is only imported here."""
 
-    def describe(self) -> dict[str, Any]:
-        import socket
+    store: Any = None
 
+    def describe(self, rank: int) -> dict[str, Any]:
         import ray
+        import torch
 
-        address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        address, port = ray.util.get_node_ip_address(), 0
+        if rank == 0:  # the meeting place of all ranks; it listens from now on, so nobody can take its port
+            self.store = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            port = self.store.port
         # Ray redirects a worker's stderr to its log, so the link is the log's path.
         return {"pid": os.getpid(), "address": address, "port": port, "log": os.readlink("/proc/self/fd/2")}
 
@@ -60,7 +61,8 @@ class _ModelActor:
         os.environ["OMP_NUM_THREADS"] = str(config.threads_per_rank)
         from openrl_reason.workers.model_worker import ModelWorker
 
-        self.worker = ModelWorker(config, master_addr=rank_0["address"], master_port=rank_0["port"], **kwargs)
+        rendezvous = {"master_addr": rank_0["address"], "master_port": rank_0["port"], "store": self.store}
+        self.worker = ModelWorker(config, **rendezvous, **kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.worker, method)(*args, **kwargs)
@@ -121,7 +123,7 @@ class ModelGroup:
             options = {"name": f"{role}-rank{rank}", "max_restarts": 0} | placement.actor_options(role, rank)
             actors.append(remote_class.options(**options).remote())
         group = cls(config, role, actors, timeout_s)
-        group._describing = [actor.describe.remote() for actor in actors]
+        group._describing = [actor.describe.remote(rank) for rank, actor in enumerate(actors)]
         environment = {name: os.environ[name] for name in _INHERITED_ENVIRONMENT if name in os.environ}
         group._starting = [
             # Ray hands rank 0's description on to every rank; the driver need not wait for it.
@@ -148,15 +150,11 @@ class ModelGroup:
 
     # ---- running and training ------------------------------------------------------------------------------------------------------
 
-    def logprobs(
-        self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
-    ) -> dict[str, Tensor]:
+    def logprobs(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> dict[str, Tensor]:
         """``{"logprobs": float32 [N]}``, with ``with_entropy`` also ``"entropy"``, in the order of ``batch``. See LanguageModel."""
         return self.logprobs_async(batch, temperature, with_entropy, adapters=adapters).result()
 
-    def logprobs_async(
-        self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
-    ) -> PendingLogprobs:
+    def logprobs_async(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> PendingLogprobs:
         """The same, started now and waited for later: a reference model can score while others still generate."""
         # Scoring needs the tokens alone; nothing else travels.
         bare = TokenBatch(batch.token_ids, batch.cu_seqlens, batch.action_mask, batch.step_ids, batch.behaviour_logprobs)

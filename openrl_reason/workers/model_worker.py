@@ -17,7 +17,7 @@ from openrl_reason.errors import ConfigError
 from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 from openrl_reason.models.policy import LanguageModel, ModelOutput
-from openrl_reason.workers.deepspeed_engine import build_engine, clips_itself, gathered, init_process_group
+from openrl_reason.workers.deepspeed_engine import ParkedMemory, build_engine, clips_itself, gathered, init_process_group, resident_tensors
 from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig, learning_rate
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class ModelWorker:
 
     ``total_steps``: optimiser steps of the whole run, which the learning-rate schedule needs; None: the model is only run. ``seed`` draws
     the LoRA initialisation (alike on all ranks) and dropout (different on each).
+    ``store``: rank 0 may already hold the rendezvous that listens at ``master_addr:master_port``.
     """
 
     def __init__(
@@ -52,19 +53,21 @@ class ModelWorker:
         total_steps: int | None = None,
         role: str = "policy",
         timeout_s: float = 1800.0,
+        store: torch.distributed.Store | None = None,
     ):
         torch.set_num_threads(config.threads_per_rank)
         self.config, self.rank, self.world_size, self.role = config, rank, world_size, role
         self.total_steps, self.step, self.trained = total_steps, 0, total_steps is not None
         if self.trained and not isinstance(config, TrainedModelConfig):
             raise ConfigError(f"the {role} model is to be trained, so its config must be a TrainedModelConfig, not {type(config).__name__}")
+        self._parked: ParkedMemory | None = None
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
         self.model = self._build_model()
         self.engine = None
         if self.trained or config.zero_stage == 3:
-            init_process_group(rank, world_size, master_addr, master_port, self.device, timeout_s)
+            init_process_group(rank, world_size, master_addr, master_port, self.device, timeout_s, store)
             engine_config = config if self.trained else _inference_config(config)
             self.engine = build_engine(self.model, engine_config, self.device, self.model.model.config.hidden_size)
         else:
@@ -277,32 +280,15 @@ class ModelWorker:
 
     def offload(self) -> None:
         """Moves weights and optimiser state to host memory. Does nothing on a CPU."""
-        if self.device.type == "cpu":
-            return
-        if self.engine is None or self.engine.zero_optimization_stage() == 0:
-            self._move("cpu")
-        else:
-            self.engine.offload_states()
-        torch.cuda.empty_cache()
+        if self.device.type != "cpu" and self._parked is None:
+            self._parked = ParkedMemory(resident_tensors(self.model, self.engine, self.device))
+            torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Undoes ``offload``."""
-        if self.device.type == "cpu":
-            return
-        if self.engine is None or self.engine.zero_optimization_stage() == 0:
-            self._move(self.device)
-        else:
-            self.engine.reload_states()
-
-    def _move(self, device: str | torch.device) -> None:
-        self.model.to(device)
-        if self.trained:
-            from openrl_reason.workers.deepspeed_engine import adam_state, master_partitions
-
-            for master in master_partitions(self.engine):
-                master.data = master.data.to(device)
-                for name, value in adam_state(self.engine)[master].items():
-                    value.data = value.data.to(value.device if name == "step" else device)
+        if self._parked is not None:
+            self._parked.restore()
+            self._parked = None
 
 
 def _inference_config(config: ModelConfig) -> ModelConfig:

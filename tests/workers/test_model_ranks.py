@@ -45,9 +45,7 @@ def gradients(worker):
     optimizer = worker.engine.optimizer
     if worker.config.zero_stage == 0:
         return {name: optimizer.state[p]["exp_avg"].clone() for name, p in worker.model.named_parameters() if p.requires_grad}
-    return {
-        name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in worker.model.named_parameters() if p.requires_grad
-    }
+    return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in worker.model.named_parameters() if p.requires_grad}
 
 
 class Collector:

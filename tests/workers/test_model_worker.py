@@ -252,3 +252,30 @@ def test_unusable_settings_and_inputs_are_refused(path):
     worker = ModelWorker(ModelConfig(path=path, dtype="float32"))
     with pytest.raises(DataError, match="200 tokens.*128 positions"):
         worker.logprobs([random_batch([200])])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_memory_given_back_and_taken_again_changes_nothing(path, stage, dtype):
+    """What a GPU rank does between its turns, here on the CPU: every buffer is freed and restored in place."""
+    from openrl_reason.workers.deepspeed_engine import ParkedMemory, master_partitions, resident_tensors
+
+    batch = random_batch([9, 14])
+    straight, parked = trained(path, zero_stage=stage, dtype=dtype), trained(path, zero_stage=stage, dtype=dtype)
+    reference = ModelWorker(ModelConfig(path=path, dtype=dtype, zero_stage=stage), role="reference")
+    for parameter in [*parked.model.parameters(), *reference.model.parameters()] if stage in (0, 1, 2) else []:
+        if not parameter.untyped_storage().resizable():  # on a CPU it may be a mapped file; on a GPU it never is
+            parameter.data = parameter.data.clone()
+    for _ in range(2):
+        expected, metrics = (step(worker, batch, [[1], [0]]) for worker in (straight, parked))
+        assert metrics["loss"] == expected["loss"] and metrics["grad_norm"] == expected["grad_norm"]
+        memory = ParkedMemory(resident_tensors(parked.model, parked.engine, parked.device))
+        assert all(master.untyped_storage().nbytes() == 0 for master in master_partitions(parked.engine))
+        assert all(parameter.untyped_storage().nbytes() == 0 for parameter in parked.model.parameters())
+        memory.restore()
+    ours, theirs = full_weights(parked), full_weights(straight)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = reference.logprobs([batch])[0]["logprobs"]
+    ParkedMemory(resident_tensors(reference.model, reference.engine, reference.device)).restore()
+    assert torch.equal(reference.logprobs([batch])[0]["logprobs"], before)
+    reference.offload(), reference.reload()  # nothing to do on a CPU
