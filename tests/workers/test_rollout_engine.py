@@ -22,8 +22,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(folders):
-    """One engine with a tied head, one with a head of its own. They start side by side."""
-    processes = {tied: EngineProcess(CONFIG, folder) for tied, folder in folders.items()}
+    """One engine with a tied head; one with a head of its own and a KV cache of 52 blocks, too small for a full batch. They start together."""
+    processes = {True: EngineProcess(CONFIG, folders[True]), False: EngineProcess(replace(CONFIG, kv_cache_gib=0.0008), folders[False])}
     yield processes
     for process in processes.values():
         process.stop()
@@ -75,6 +75,16 @@ def test_a_sample_depends_on_its_request_alone(engine):
     assert sum(completion.num_cached_tokens > 0 for completion in cached.values()) >= 6
     assert same(together, backwards) and same(together, cached)
     assert same({key: together[key] for key in alone}, alone)
+
+
+def test_a_sample_survives_being_preempted(engines):
+    engine, requests = engines[False], make_requests(12, siblings=2, max_new_tokens=90)
+    together = engine.generate(requests)
+    assert sum(len(r.prompt_ids) + len(together[r.request_id].token_ids) for r in requests) > 1.2 * 52 * CONFIG.block_size
+    alone = {}
+    for request in requests:
+        alone |= engine.generate([request])
+    assert same(together, alone)
 
 
 @pytest.mark.parametrize(
