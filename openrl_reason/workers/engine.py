@@ -44,6 +44,7 @@ class RolloutEngine:
         self._eos_ids = read_eos_ids(self.model_path)
         self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
+        self._vocab_size = self._engine.model_config.get_vocab_size()
         self._unfinished: dict[str, Request] = {}
         self._version: int | None = version
         self._relay = SharedMemorySender(config.dtype)
@@ -114,6 +115,10 @@ class RolloutEngine:
         check_requests(new_requests, self.config, self._unfinished)
         if not self._has_tokenizer and any(request.sampling.stop for request in new_requests):
             raise ConfigError(f"requests have stop strings, but {self.model_path} has no tokenizer to find them with")
+        for request in new_requests:
+            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
+                wrong = next(token for token in request.prompt_ids if not 0 <= token < self._vocab_size)
+                raise ConfigError(f"request {request.request_id!r} holds token id {wrong}, but the model has {self._vocab_size} tokens")
         started = time.perf_counter()
         for request in new_requests:
             self._add(request)
@@ -203,6 +208,7 @@ class RolloutEngine:
         if self._unfinished:
             raise ConfigError(f"{self.num_unfinished} requests are unfinished: finish or abort them before the engine sleeps")
         if not self._on_cpu:
+            self.reset_prefix_cache()
             self._engine.sleep(level=1)
 
     def wake(self) -> None:

@@ -120,7 +120,7 @@ class RolloutPool:
     # --- requests ---
 
     def generate(self, requests: Iterable[Request] = ()) -> Iterator[Completion]:
-        """Completions of ``requests``, and of what is `submit`\\ ted meanwhile, as they finish.
+        """Completions of ``requests``, and of what is `submit`\\ ted meanwhile, as they finish. One iteration at a time.
 
         Ending the iteration early (``break``, an exception, Ctrl-C) drops the requests that are left.
 

@@ -222,7 +222,10 @@ def _map_shared(manifest: Manifest) -> mmap.mmap:
             with open(location["path"], "rb") as file:
                 _mappings[location["key"]] = (identity, mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ))
     except OSError as error:
-        raise WorkerError(f"weights version {manifest.version}: cannot open the trainer's memory: {error}. Did its process end?") from error
+        raise WorkerError(
+            f"weights version {manifest.version}: cannot open the trainer's memory: {error}. Did its process end? Where processes may not"
+            " open each other's memory, use rollout.weight_transport object_store"
+        ) from error
     return _mappings[location["key"]][1]
 
 

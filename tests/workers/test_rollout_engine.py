@@ -168,6 +168,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_added(engine):
     for bad, words in [
         (Request("long", [5] * 150, seed=0, sampling=SamplingConfig(max_new_tokens=43)), ("150", "43", "193", "192", "max_model_len")),
         (Request("empty", [], seed=0), ("empty prompt",)),
+        (Request("alien", [5, 261], seed=0, sampling=SamplingConfig(max_new_tokens=4)), ("token id 261", "261 tokens")),
         (Request("good", [5], seed=0, sampling=SamplingConfig(max_new_tokens=4)), ("unique",)),
     ]:
         with pytest.raises(ConfigError) as caught:
