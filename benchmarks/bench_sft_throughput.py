@@ -207,7 +207,9 @@ def main() -> None:
                 print(f"{name:18} {figures[name][-1]:8.0f} tokens/CPU-s   {loss_line}", flush=True)
     medians = {name: statistics.median(values) for name, values in figures.items()}
     ours = max(value for name, value in medians.items() if name.startswith("ours"))
-    report = {
+    from _record import machine
+
+    report = machine() | {
         "what": "SFT, 8-layer Qwen2 of 7.2 M parameters, lengths 16-512, 32 sequences per step, one thread",
         "dtype": args.dtype,
         "tokens_per_cpu_second": figures,

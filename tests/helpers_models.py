@@ -65,10 +65,6 @@ def supervised_loss(outputs, batch, denominators):
     }
 
 
-def failing_loss(outputs, batch, denominators):
-    raise ZeroDivisionError("the user's loss divides by nothing")
-
-
 def failing_on_rank_1(outputs, batch, denominators):
     if torch.distributed.get_rank() == 1:
         raise MemoryError("out of memory in rank 1")

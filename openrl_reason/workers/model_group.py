@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,11 @@ class _ModelActor:
         self.worker = ModelWorker(config, **rendezvous, **kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.worker, method)(*args, **kwargs)
+        try:
+            return getattr(self.worker, method)(*args, **kwargs)
+        except Exception:
+            traceback.print_exc()  # into this rank's log: the driver shows one line and says where this is
+            raise
 
 
 @dataclass

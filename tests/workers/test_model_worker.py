@@ -80,14 +80,21 @@ def test_every_stage_equals_plain_pytorch(path, untied, tied):
         assert relative_difference(full_weights(worker), expected) < 1e-5
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_dummy_micro_batch_contributes_exactly_nothing(path, stage):
+def test_a_dummy_micro_batch_contributes_exactly_nothing(path, stage, with_entropy):
+    def loss_fn(outputs, batch, denominators):
+        loss, metrics = supervised_loss(outputs, batch, denominators)
+        if with_entropy:
+            loss = loss - 0.1 * (outputs.entropy * batch.action_mask).sum() / denominators["actions"]
+        return loss, metrics
+
     batch = random_batch([9, 14])
     denominators = {"actions": float(batch.num_actions)}
     moments, metrics = [], []
     for pieces in ([batch], [batch, batch.empty_like_dummy()], [TokenBatch.dummy(), batch]):
         worker = trained(path, zero_stage=stage)
-        metrics.append(worker.update(pieces, supervised_loss, denominators))
+        metrics.append(worker.update(pieces, loss_fn, denominators, with_entropy=with_entropy))
         moments.append(first_moments(worker))
     assert torch.equal(moments[0], moments[1]) and torch.equal(moments[0], moments[2])
     assert all(m[name] == metrics[0][name] for m in metrics for name in ("loss", "grad_norm", "logprob/min"))
