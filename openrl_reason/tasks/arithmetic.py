@@ -34,6 +34,11 @@ def split_of(question: str) -> str:
     return "test" if int(content_id("arithmetic split", question), 16) % TEST_SHARE == 0 else "train"
 
 
+def answers_at_once(question: str, share: float) -> bool:
+    """Whether the reference solution is the bare answer: a ``share`` of the problems, chosen by content."""
+    return int(content_id("arithmetic solution", question), 16) < share * 2**64
+
+
 def apply_operator(left: int, operator: str, right: int) -> int:
     """The result, exact; asserts that a quotient is whole."""
     if operator == "/":
@@ -150,6 +155,8 @@ class ArithmeticTask(Task):
         for style in config.styles:
             if style not in STYLES:
                 raise ConfigError(f"styles: there is no style {style!r}; use some of {', '.join(STYLES)}")
+        if not 0.0 <= config.direct_share <= 1.0:
+            raise ConfigError(f"direct_share={config.direct_share} must lie between 0 and 1")
         if not config.styles:
             raise ConfigError("styles is empty; use 'expression', 'word' or both")
 
@@ -172,6 +179,8 @@ class ArithmeticTask(Task):
                 continue
             misses = 0
             question, solution, answer = problem
+            if answers_at_once(question, self.config.direct_share):
+                solution = f"#### {answer}"
             seen.add(question)
             items.append(self.make_item(question, gold=answer, solution=solution, info={"level": level}))
         return items

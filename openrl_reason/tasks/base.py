@@ -38,6 +38,9 @@ class TaskConfig:
     """arithmetic: difficulty levels, 1 to 5, mixed in equal parts."""
     styles: tuple[str, ...] = ("expression",)
     """arithmetic: expression, word, or both."""
+    direct_share: float = 0.0
+    """arithmetic: share of the reference solutions that are the bare answer, without steps. A model fine-tuned on both kinds does not know
+    that working a problem out pays; reinforcement learning finds out."""
     num_train: int = 4000
     """Number of training items. Of data from files: at most so many, the first ones; 0 means all."""
     num_test: int = 200

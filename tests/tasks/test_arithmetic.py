@@ -118,9 +118,19 @@ def test_items_are_distinct_reproducible_and_a_longer_set_starts_with_the_shorte
     assert [item.info["level"] for item in short[:4]] == [1, 3, 1, 3]
 
 
+def test_a_share_of_the_solutions_may_be_the_bare_answer_and_still_grades_one():
+    worked, mixed, bare = (load_task(TaskConfig(num_train=1000, direct_share=share)).items("train") for share in (0.0, 0.3, 1.0))
+    kinds = [item.solution == f"#### {item.gold}" for item in mixed]
+    assert 240 < sum(kinds) < 360
+    for before, after, direct in zip(worked, mixed, kinds, strict=True):
+        assert after.prompt == before.prompt and direct == (after.solution != before.solution)
+        assert grade_final_number(after.solution, after.gold)[0] == 1.0
+    assert all(item.solution == f"#### {item.gold}" for item in bare)
+
+
 def test_settings_that_cannot_work_are_refused_with_what_would():
     with pytest.raises(ConfigError, match="num_train=99999 is more"):
         load_task(TaskConfig(levels=(1,), num_train=99999)).items("train")
-    for wrong in ({"levels": (1, 6)}, {"levels": ()}, {"styles": ("expresion",)}, {"styles": ()}, {"num_test": -1}):
+    for wrong in ({"levels": (1, 6)}, {"levels": ()}, {"styles": ("expresion",)}, {"styles": ()}, {"num_test": -1}, {"direct_share": 1.5}):
         with pytest.raises(ConfigError):
             load_task(TaskConfig(**wrong))
