@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openrl_reason.atomic import naming_disk_errors
+from openrl_reason.core.seeds import derive_seed
 from openrl_reason.errors import ConfigError
 from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
@@ -22,8 +22,6 @@ from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig, 
 
 if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
-
-logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[ModelOutput, "TokenBatch", dict[str, float]], tuple[Tensor, dict[str, Any]]]
 """(outputs, micro_batch, denominators) -> (loss, metrics). The loss is a contribution to the global loss: a sum over the micro-batch,
@@ -73,7 +71,7 @@ class ModelWorker:
         else:
             # Without an optimiser and without partitioned parameters, DeepSpeed has nothing to add.
             self.model.to(self.device).requires_grad_(False)
-        torch.manual_seed(seed * 1_000_003 + rank + 1)
+        torch.manual_seed(derive_seed(seed, "dropout", rank))
 
     def _build_model(self) -> LanguageModel:
         config = self.config
@@ -122,7 +120,7 @@ class ModelWorker:
 
         Returns the metrics of the loss over the global batch, alike on every rank, and ``grad_norm`` (before clipping), ``lr``,
         ``skipped_update`` (1.0 if the gradient was not finite and the step was left out), ``seconds/forward_backward``,
-        ``seconds/optimizer`` (the slowest rank's).
+        ``seconds/optimizer`` (the slowest rank's). A loss that raises leaves half a gradient behind: the worker cannot be used after that.
         """
         assert self.trained and self.engine is not None, f"the {self.role} model was started without total_steps: it can only be run"
         start = time.perf_counter()
