@@ -73,43 +73,40 @@ class Collector:
 
         Args:
             seed: identity of this collection, for instance ``(run_seed, "train", step)``; each sample adds its place and task id.
-            on_chunk: called with the ungraded trajectories of ``prompts_per_chunk`` consecutive prompts as soon as all of them and of the chunks
-                before are generated. Chunks are cut by position, never by arrival, so that what is computed on them is reproducible to the bit.
+            on_chunk: called with the ungraded trajectories of ``prompts_per_chunk`` consecutive prompts as soon as all of them and of the
+                chunks before are generated. Chunks are cut by position, never by arrival, so that what is computed on them is
+                reproducible to the bit.
         """
         before, started = Counter(self.pool.stats()), time.perf_counter()
-        requests = [
-            Request(request_id=f"{'/'.join(map(str, seed))}/{place}/{sample}", prompt_ids=prompt_ids, group=str(place), sampling=sampling,
-                    seed=derive_seed(*seed, place, item.task_id, sample))
-            for place, (item, prompt_ids) in enumerate((item, self.task.encode_prompt(item, self.tokenizer)) for item in items)
-            for sample in range(num_samples)
-        ]  # fmt: skip
+        requests = self._requests(items, num_samples, sampling, seed)
         index_of = {request.request_id: index for index, request in enumerate(requests)}
         trajectories: list[Trajectory | None] = [None] * len(requests)
         grades: list[Future[GradeResult] | None] = [None] * len(requests)
-        missing = [num_samples] * len(items)
-        chunk_size, chunks = prompts_per_chunk * num_samples, []
+        missing, chunks = [num_samples] * len(items), []
+
+        def next_chunk_is_complete() -> bool:
+            first = len(chunks) * prompts_per_chunk
+            return first < len(items) and not any(missing[first : first + prompts_per_chunk])
+
         for completion in self.pool.generate(requests):
             index = index_of[completion.request_id]
-            place = index // num_samples
-            trajectory = self._trajectory(items[place], requests[index], completion, place, index % num_samples)
+            place, sample = divmod(index, num_samples)
+            trajectory = self._trajectory(items[place], requests[index], completion, place, sample)
             trajectories[index] = trajectory
             missing[place] -= 1
             if self.reward_function is None:
                 grades[index] = self.grader.submit(trajectory.info["response"], items[place].gold, self.task.grade_kind)
-            while (
-                on_chunk
-                and len(chunks) * prompts_per_chunk < len(items)
-                and not any(missing[len(chunks) * prompts_per_chunk :][:prompts_per_chunk])
-            ):
-                chunks.append(on_chunk(trajectories[len(chunks) * chunk_size :][:chunk_size]))
+            while on_chunk and next_chunk_is_complete():
+                first, size = len(chunks) * prompts_per_chunk * num_samples, prompts_per_chunk * num_samples
+                chunks.append(on_chunk(trajectories[first : first + size]))
         assert all(t is not None for t in trajectories), "the pool returned fewer completions than requests"
         generated = time.perf_counter()
         finished = [item for item in items for _ in range(num_samples)]
         results = self._reward_by_function(trajectories, finished) if self.reward_function else [future.result() for future in grades]
-        rollouts = Rollouts(trajectories, finished, [str(result.status) for result in results], chunks)
         for trajectory, result in zip(trajectories, results, strict=True):
             trajectory.rewards[-1] = result.score
             trajectory.info.update(grade_status=str(result.status), parsed=result.parsed)
+        rollouts = Rollouts(trajectories, finished, [str(result.status) for result in results], chunks)
         used = Counter(self.pool.stats())
         used.subtract(before)
         rollouts.metrics = rollout_metrics(rollouts, num_samples) | {
@@ -122,6 +119,17 @@ class Collector:
             "rollout/resubmitted": used["resubmitted"],
         }
         return rollouts
+
+    def _requests(self, items: Sequence[TaskItem], num_samples: int, sampling: SamplingConfig, seed: tuple[int | str, ...]) -> list[Request]:
+        """Prompt-major; siblings form a group, which one engine serves."""
+        prefix = "/".join(map(str, seed))
+        requests = []
+        for place, item in enumerate(items):
+            prompt_ids = self.task.encode_prompt(item, self.tokenizer)
+            for sample in range(num_samples):
+                name, sample_seed = f"{prefix}/{place}/{sample}", derive_seed(*seed, place, item.task_id, sample)
+                requests.append(Request(request_id=name, prompt_ids=prompt_ids, seed=sample_seed, sampling=sampling, group=f"{prefix}/{place}"))
+        return requests
 
     def _trajectory(self, item: TaskItem, request: Request, completion: Completion, place: int, sample: int) -> Trajectory:
         response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)

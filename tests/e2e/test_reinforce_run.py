@@ -78,7 +78,8 @@ def test_evaluate_and_export_take_what_a_run_leaves(straight, tmp_path):
     one, two = load_file(straight / "model/model.safetensors"), load_file(tmp_path / "export/model.safetensors")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
     run("evaluate", "--model", tmp_path / "export", "--task.levels", "[1]", "--num_items", "16", "--num_samples", "2",
-        "--sampling.temperature", "1.0", "--sampling.max_new_tokens", "24", "--rollout.max_model_len", "128", "--rollout.dtype", "float32", "--rollout.kv_cache_gib", "0.05",
+        "--sampling.temperature", "1.0", "--sampling.max_new_tokens", "24", "--rollout.max_model_len", "128",
+        "--rollout.dtype", "float32", "--rollout.kv_cache_gib", "0.05",
         "--output", tmp_path / "result.json")  # fmt: skip
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["eval/arithmetic/pass@1"] <= 1 and result["num_items"] == 16
