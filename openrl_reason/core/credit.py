@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +29,11 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, cu_seqlens: Tensor
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     for part, cu_part in _groups(cu_seqlens, values.device):
         actions = _Actions(action_mask[part], cu_part)
-        reward, value = actions.take(rewards[part]), actions.take(values[part])
-        delta = reward - value
+        value = actions.take(values[part])
+        delta = actions.take(rewards[part]).sub_(value)
+        last_delta = delta[actions.last_B]
         delta[:-1].add_(value[1:], alpha=gamma)
-        delta[actions.last_B] = reward[actions.last_B] - value[actions.last_B]  # what follows the last action is another sequence
+        delta[actions.last_B] = last_delta  # what follows a last action is another sequence: no V there
         advantage = discounted_reverse_scan(delta, actions.cu_seqlens, gamma * lam)
         actions.put(advantage, advantages[part])
         actions.put(advantage.add_(value), returns[part])
@@ -57,18 +59,25 @@ def _groups(cu_seqlens: Tensor, device: torch.device) -> Iterator[tuple[slice, T
             first = last
 
 
+def _nonzero(mask: Tensor) -> Tensor:
+    if mask.device.type == "cpu":  # numpy is ten times faster at it
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
+
+
 class _Actions:
     """The action tokens of a packed batch as a packed batch of their own, and the way back."""
 
     def __init__(self, action_mask: Tensor, cu_seqlens: Tensor):
-        self.index = None if bool(action_mask.all()) else action_mask.nonzero().squeeze(1)
+        self.index = None if bool(action_mask.all()) else _nonzero(action_mask)
         counts = segment_count(cu_seqlens, None if self.index is None else action_mask)
         self.cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         self.last_B = self.cu_seqlens[1:][counts > 0] - 1  # of sequences that have an action
 
     def take(self, values: Tensor) -> Tensor:
-        values = values.detach() if self.index is None else values.detach().index_select(0, self.index)
-        return values.to(torch.float64)
+        """A float64 copy."""
+        values = values.detach()
+        return values.to(torch.float64, copy=True) if self.index is None else values.index_select(0, self.index).to(torch.float64)
 
     def put(self, values: Tensor, target: Tensor) -> None:
         if self.index is None:
