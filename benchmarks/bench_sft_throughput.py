@@ -2,7 +2,7 @@
 
     python benchmarks/bench_sft_throughput.py --trl_python /path/to/a/venv/with/trl/bin/python
 
-Same Qwen2 architecture and random weights (about 7 M parameters), same ragged random sequences (16 to 512 tokens), same optimiser
+Same Qwen2 architecture and random weights (7.9 M parameters), same ragged random sequences (16 to 512 tokens), same optimiser
 (AdamW, fused), same global batch (32 sequences), float32, loss on every token. Systems run in turns, each in its own process; a round's first
 step is not counted. CPU time, so that a busy machine disturbs little. Written to benchmarks/results/sft_throughput.json.
 """
@@ -210,7 +210,7 @@ def main() -> None:
     from _record import machine
 
     report = machine() | {
-        "what": "SFT, 8-layer Qwen2 of 7.2 M parameters, lengths 16-512, 32 sequences per step, one thread",
+        "what": "SFT, 8-layer Qwen2 of 7.9 M parameters, lengths 16-512, 32 sequences per step, one thread",
         "dtype": args.dtype,
         "tokens_per_cpu_second": figures,
         "median": medians,
