@@ -6,8 +6,8 @@ A hash of the problem text alone decides whether it belongs to train or test, so
 =====  ============================================================  ==================================
 level  problems                                                      example
 =====  ============================================================  ==================================
-1      two steps of + and - with one-digit operands, values to 20    ``14+5-8=?``
-2      three such steps                                              ``9+4-7+6=?``
+1      three steps of + and -, every number has one digit            ``3+4-5+6=?``
+2      the same with values up to 20                                 ``9+4-7+6=?``
 3      a product, then two sums, two-digit numbers                   ``8*3-5+17=?``
 4      three or four steps, brackets, two-digit numbers              ``(14+8)*3-19+40=?``
 5      four or five steps, three-digit numbers, exact divisions      ``(120+36)/4*7-88+205=?``
@@ -103,8 +103,10 @@ def _draw_chain(rng: random.Random, level: int) -> _Chain | None:
     def sums(count: int) -> list[str]:
         return [rng.choice("+-") for _ in range(count)]
 
-    if level in (1, 2):
-        return _chain(rng, rng.randint(1, 19), sums(level + 1), limit=9, ceiling=20)
+    if level == 1:
+        return _chain(rng, rng.randint(1, 9), sums(3), limit=9, ceiling=9)
+    if level == 2:
+        return _chain(rng, rng.randint(1, 19), sums(3), limit=9, ceiling=20)
     if level == 3:
         return _chain(rng, rng.randint(2, 12), ["*", *sums(2)], limit=30)
     if level == 4:

@@ -72,7 +72,7 @@ def test_every_solution_grades_one_and_every_equation_holds(level, style):
         for equation in equations:
             left, right = equation.split("=")
             assert evaluate(left) == int(right) >= 0, equation
-        assert equations[-1].endswith(f"={answer}")
+        assert style == "columns" or equations[-1].endswith(f"={answer}")
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -96,7 +96,7 @@ def test_harder_levels_have_more_steps_and_texts_stay_short():
         steps.append(sum(len(split_steps(solution, "newline")) for _, solution, _ in found) / len(found))
         assert max(len(question) for question, _, _ in found) <= 28
         assert max(len(solution) for _, solution, _ in found) <= 70
-    assert steps == sorted(steps) and steps[0] == 3 and steps[-1] >= 5
+    assert steps == sorted(steps) and steps[0] == 4 and steps[-1] > 5
     assert all(len(question) <= 130 for level in LEVELS for question, _, _ in problems(level, "word", 100))
 
 
