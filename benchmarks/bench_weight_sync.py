@@ -117,7 +117,7 @@ def measure(dtype: str, transport: str, repeats: int, folder: str) -> dict:
             row |= {"publish_call": sync["sync/publish"], "load_call": sync["sync/load"], "sync": sync["sync/total"]}
             for name, seconds in row.items():
                 times.setdefault(name, []).append(seconds)
-    group.shutdown()
+    group.close()
     ray.kill(reference)
     best = {name: min(values[2:]) for name, values in times.items()}  # the first two rounds warm up: pages, mappings
     return {

@@ -26,13 +26,14 @@ fi
 mkdir -p "$output"
 cd "$output"
 
-# Problems such as 9+14-6=?. Half of the solutions to learn from work the problem out, one equation per line; the other half are the bare answer,
-# which a model of this size seldom gets right. Fine-tuning imitates both. Reinforcement learning has to find out which of the two pays.
+# Additions such as 47+85=?. In four of ten solutions to learn from the sum is worked out, digit by digit; in the others it is just stated, which a
+# model of this size seldom gets right. Fine-tuning imitates both. Reinforcement learning has to find out which of the two pays.
 task=(
     --task.name arithmetic
-    --task.levels '[2]'
-    --task.direct_share 0.5
-    --task.num_train 20000
+    --task.styles '[columns]'
+    --task.levels '[1]'
+    --task.direct_share 0.6
+    --task.num_train 6500
     --task.num_test 200
 )
 engines=(
@@ -40,7 +41,7 @@ engines=(
     --rollout.dtype float32
     --rollout.max_model_len 96
     --rollout.kv_cache_gib 0.1
-    --sampling.max_new_tokens 48
+    --sampling.max_new_tokens 40
 )
 
 openrl-reason make-model \
@@ -55,8 +56,8 @@ openrl-reason make-model \
 openrl-reason sft "${task[@]}" \
     --run.output_dir sft \
     --run.seed "$seed" \
-    --run.steps 900 \
-    --batch_size 64 \
+    --run.steps 1100 \
+    --batch_size 32 \
     --policy.path start \
     --policy.dtype float32 \
     --policy.num_ranks 2 \
@@ -68,7 +69,7 @@ tail -n 2 sft.log
 openrl-reason reinforce "${task[@]}" "${engines[@]}" \
     --run.output_dir rl \
     --run.seed "$seed" \
-    --run.steps 40 \
+    --run.steps 30 \
     --run.eval_every 10 \
     --algo.advantage rloo \
     --prompts_per_step 32 \

@@ -60,7 +60,7 @@ def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any]) -> l
         futures = [threads.submit(start) for start in starts]
     for future in futures:
         if future.exception() is None and future.result() is not None:
-            stack.callback(getattr(future.result(), "close", None) or future.result().shutdown)
+            stack.callback(future.result().close)
     return [future.result() for future in futures]
 
 

@@ -138,7 +138,7 @@ class SFTTrainer(Trainer):
         self.policy = ModelGroup.start(
             self.config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps
         )
-        stack.callback(self.policy.shutdown)
+        stack.callback(self.policy.close)
 
     def _read(self, tokenizer: Any) -> tuple[list[Trajectory], list[Trajectory], int]:
         """(training sequences, held-out sequences, number of training sequences that were too long)."""

@@ -12,6 +12,8 @@ level  problems                                                      example
 4      three or four steps, brackets, two-digit numbers              ``(14+8)*3-19+40=?``
 5      four or five steps, three-digit numbers, exact divisions      ``(120+36)/4*7-88+205=?``
 =====  ============================================================  ==================================
+
+The style "columns" is another kind of problem: two numbers of level + 1 digits, ``347+285=?``, added column by column with carries.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from openrl_reason.errors import ConfigError
 from openrl_reason.tasks.base import Task, TaskConfig, TaskItem
 
 LEVELS = (1, 2, 3, 4, 5)
-STYLES = ("expression", "word")
+STYLES = ("expression", "word", "columns")
 TEST_SHARE = 8
 """One problem text in this many belongs to the test split."""
 _MAX_MISSES = 20_000
@@ -129,8 +131,22 @@ def _story(rng: random.Random, chain: _Chain) -> str:
     return f"{rng.choice(_NAMES)} has {chain.start} {rng.choice(_THINGS)}, {', '.join(told)}. How many now?"
 
 
+def _column_addition(rng: random.Random, level: int) -> tuple[str, str, str]:
+    """Two numbers of ``level + 1`` digits, added column by column from the right: ``digit+digit+carry=two digits`` a line."""
+    low, high = 10**level, 10 ** (level + 1) - 1
+    left, right = rng.randint(low, high), rng.randint(low, high)
+    lines, carry = [], 0
+    for a, b in zip(reversed(str(left)), reversed(str(right)), strict=True):
+        total = int(a) + int(b) + carry
+        lines.append(f"{a}+{b}+{carry}={total:02d}")
+        carry = total // 10
+    return f"{left}+{right}=?", "\n".join([*lines, f"#### {left + right}"]), str(left + right)
+
+
 def generate_problem(rng: random.Random, level: int, style: str) -> tuple[str, str, str] | None:
     """One random ``(question, solution, answer)``, or None when the draw leads nowhere (draw again)."""
+    if style == "columns":
+        return _column_addition(rng, level)
     chain = _draw_chain(rng, level)
     if chain is None:
         return None
@@ -160,7 +176,7 @@ class ArithmeticTask(Task):
         if not 0.0 <= config.direct_share <= 1.0:
             raise ConfigError(f"direct_share={config.direct_share} must lie between 0 and 1")
         if not config.styles:
-            raise ConfigError("styles is empty; use 'expression', 'word' or both")
+            raise ConfigError(f"styles is empty; use some of {', '.join(STYLES)}")
 
     def load_split(self, split: str) -> list[TaskItem]:
         size = self.config.num_train if split == "train" else self.config.num_test

@@ -37,7 +37,7 @@ class TaskConfig:
     levels: tuple[int, ...] = (1, 2)
     """arithmetic: difficulty levels, 1 to 5, mixed in equal parts."""
     styles: tuple[str, ...] = ("expression",)
-    """arithmetic: expression, word, or both."""
+    """arithmetic: some of expression, word and columns (addition of two numbers of level + 1 digits, column by column)."""
     direct_share: float = 0.0
     """arithmetic: share of the reference solutions that are the bare answer, without steps. A model fine-tuned on both kinds does not know
     that working a problem out pays; reinforcement learning finds out."""

@@ -223,7 +223,7 @@ class ModelGroup:
         """Undoes ``offload``."""
         self._call_all("reload")
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         """Ends all ranks, and returns when their names are free again."""
         self._failure = self._failure or "it was shut down"
         self._kill()

@@ -62,7 +62,21 @@ def problems(level, style, count=300):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("style", STYLES)
+def test_column_additions_carry_from_line_to_line_and_their_digits_are_the_answer(level):
+    for question, solution, answer in problems(level, "columns"):
+        left, right = question.removesuffix("=?").split("+")
+        *lines, last = solution.split("\n")
+        assert last == f"#### {answer}" and int(left) + int(right) == int(answer) and len(lines) == len(left) == len(right) == level + 1
+        assert grade_final_number(solution, answer) == (1.0, answer)
+        carry, digits = 0, ""
+        for line, a, b in zip(lines, reversed(left), reversed(right), strict=True):
+            assert line == f"{a}+{b}+{carry}={int(a) + int(b) + carry:02d}"
+            carry, digits = int(line[-2]), line[-1] + digits
+        assert str(int(f"{carry}{digits}")) == answer
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("style", ["expression", "word"])
 def test_every_solution_grades_one_and_every_equation_holds(level, style):
     for question, solution, answer in problems(level, style):
         assert grade_final_number(solution, answer) == (1.0, answer), question

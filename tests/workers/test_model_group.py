@@ -47,7 +47,7 @@ def settings(path, **changes):
 def two_ranks(ray_session, path):
     group = ModelGroup.start(settings(path, num_ranks=2, zero_stage=3), total_steps=10, timeout_s=120)
     yield group
-    group.shutdown()
+    group.close()
 
 
 def test_scores_come_back_in_the_order_of_the_batch(two_ranks, path):
@@ -85,7 +85,7 @@ def test_a_batch_smaller_than_the_group_is_scored_and_trained_on_like_any_other(
     two_ranks.update(batch, supervised_loss, {"actions": 1.0})
     assert two_ranks.load_state(tmp_path / "state") == 3
     assert torch.equal(two_ranks.logprobs(batch)["logprobs"], scores)
-    reference.shutdown()
+    reference.close()
     with pytest.raises(WorkerError, match="reference group is gone: it was shut down"):
         reference.logprobs(batch)
 
