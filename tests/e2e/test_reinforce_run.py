@@ -15,7 +15,7 @@ from tests.e2e.conftest import ENV, comparable, run, run_until
 def words(sft_run, folder, *more):
     return [
         "reinforce", "--policy.path", sft_run / "model", "--policy.dtype", "float32", "--policy.lr", "1e-3", "--rollout.dtype", "float32",
-        "--rollout.max_model_len", "128", "--rollout.kv_cache_gib", "0.05", "--sampling.max_new_tokens", "24", "--task.levels", "[1]",
+        "--rollout.max_model_len", "128", "--rollout.kv_cache_gib", "0.05", "--sampling.max_new_tokens", "32", "--task.levels", "[1]",
         "--task.num_train", "64", "--prompts_per_step", "8", "--samples_per_prompt", "4", "--eval.num_items", "8", "--run.steps", "5",
         "--run.save_every", "2", "--run.output_dir", folder, "--algo.kl.where", "loss", "--algo.kl.coef", "0.01", "--algo.minibatches", "2",
         "--reference.prompts_per_chunk", "3", *more,
@@ -78,7 +78,7 @@ def test_evaluate_and_export_take_what_a_run_leaves(straight, tmp_path):
     one, two = load_file(straight / "model/model.safetensors"), load_file(tmp_path / "export/model.safetensors")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
     run("evaluate", "--model", tmp_path / "export", "--task.levels", "[1]", "--num_items", "16", "--num_samples", "2",
-        "--sampling.temperature", "1.0", "--sampling.max_new_tokens", "24", "--rollout.max_model_len", "128",
+        "--sampling.temperature", "1.0", "--sampling.max_new_tokens", "32", "--rollout.max_model_len", "128",
         "--rollout.dtype", "float32", "--rollout.kv_cache_gib", "0.05",
         "--output", tmp_path / "result.json")  # fmt: skip
     result = json.loads((tmp_path / "result.json").read_text())
