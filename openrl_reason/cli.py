@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from openrl_reason.config import parse_config
+from openrl_reason.environment import prepare_environment
 from openrl_reason.errors import ConfigError, DataError, MissingDependencyError, OpenRLError, did_you_mean
 
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
+    prepare_environment()
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         COMMANDS[name].run(words[1:], f"openrl-reason {name}")

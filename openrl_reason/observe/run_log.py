@@ -60,12 +60,10 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records an evaluation made after ``step`` training steps, and shows it."""
         self._append(self._metrics, [{"step": step, "event": "eval", **metrics}])
-        shown = [
-            f"{name} {_json_number(value):.4g}"
-            for name, value in metrics.items()
-            if not name.startswith("timing/") and _json_number(value) is not None
-        ]
-        self.say(f"evaluation after {step} steps:  " + "  ".join(shown))
+        numbers = {name: _json_number(value) for name, value in metrics.items() if not name.startswith("timing/")}
+        # Rates of what went wrong are shown when something did.
+        shown = {name: value for name, value in numbers.items() if value is not None and not (name.endswith("_rate") and value == 0)}
+        self.say(f"evaluation after {step} steps:  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends readable rollouts; each record has a ``step``."""

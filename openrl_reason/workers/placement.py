@@ -6,9 +6,12 @@ models train). Separate: every actor has a bundle of its own. A bundle is one GP
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +92,8 @@ class Placement:
 
         if not ray.is_initialized():
             self._owns_ray = True
-            self._connect()
+            with _sigterm_handler_kept():
+                self._connect()
         self._group = placement_group([dict(bundle.resources) for bundle in self.bundles], strategy="PACK")
         try:
             ray.get(self._group.ready(), timeout=self.config.start_timeout_s)
@@ -149,6 +153,19 @@ class Placement:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """``ray.init`` replaces the driver's SIGTERM handler by one that exits in the middle of whatever runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reachable(address: str) -> None:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 
+import pytest
 from safetensors.torch import load_file
 
 from openrl_reason.observe.run_log import read_records
@@ -40,11 +41,12 @@ def test_sft_resumed_after_kill_9_equals_the_straight_run_bit_by_bit(sft_words, 
     assert all(straight[name].equal(resumed[name]) for name in straight) and straight.keys() == resumed.keys()
 
 
-def test_ctrl_c_stops_with_one_line_and_leaves_no_half_written_checkpoint(sft_words, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_with_one_line_and_leaves_no_half_written_checkpoint(stop, sft_words, tmp_path):
     folder = tmp_path / "interrupted"
     words = [*sft_words, "--run.output_dir", folder, "--run.steps", "100000", "--run.save_every", "1"]
     process = run_until(4, folder, *words)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in output and "Traceback" not in output, output[-3000:]
     assert all((path / "state.json").exists() for path in (folder / "checkpoints").glob("step-*"))
