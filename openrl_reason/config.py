@@ -60,6 +60,8 @@ def _explain(message: str, flags: dict[str, type]) -> str:
         name = top[1]
         return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
+    message = message.replace("Expected a <class 'tuple'>.", "Expected a list such as '[1, 2]'.")
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return " ".join(message.split())
 
 
@@ -73,13 +75,13 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) 
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     summary = (config_class.__doc__ or "").strip().splitlines()[0]
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=summary)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later flags override it, and a later --config an earlier one")
     parser.add_class_arguments(config_class)
     flags = flag_names(config_class)
     try:
         config = parser.instantiate(parser.parse_args(_spell_out_switches(argv, flags)))
-    except (argparse.ArgumentError, TypeError) as error:
+    except (argparse.ArgumentError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(_explain(str(error), flags)) from None
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_class)}
     return config_class(**fields)

@@ -31,7 +31,7 @@ class CheckpointError(OpenRLError, RuntimeError):
 
 
 class GateError(OpenRLError, RuntimeError):
-    """A run-time guard that the user asked for (``rollout.max_logprob_difference``, for instance) stopped the run."""
+    """A run-time guard that the user asked for (``--max_logprob_difference``, for instance) stopped the run."""
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

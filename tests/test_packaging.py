@@ -159,3 +159,8 @@ def test_the_command_is_installed_with_the_package():
 def test_the_licence_is_the_apache_licence():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
+
+
+def test_no_placeholder_is_left_in_readme_and_docs():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        assert not re.search(r"QUICKSTART_|TODO|FIXME", path.read_text()), path

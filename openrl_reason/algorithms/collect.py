@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import StopReason, Trajectory
-from openrl_reason.errors import ConfigError
+from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.tasks.base import Task, TaskItem
 from openrl_reason.workers.grading import GradeResult, GraderPool
 from openrl_reason.workers.rollout_config import Completion, Request, SamplingConfig
@@ -51,7 +51,7 @@ class Collector:
     """Generates and grades. One per run; ``collect`` per step.
 
     Args:
-        reward_function: replaces the task's grader when given; called once per finished group of siblings.
+        reward_function: replaces the task's grader when given; called once per collection, when all responses are there.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Collector:
         used.subtract(before)
         rollouts.metrics = rollout_metrics(rollouts, num_samples) | {
             "timing/generate": generated - started,
-            "timing/generate_busy": used["seconds_busy_max"],
+            "timing/generate_busy": max(seconds for name, seconds in used.items() if name.startswith("seconds_busy/")),
             "timing/grade": time.perf_counter() - generated,
             "perf/generated_tokens_per_second": used["generated_tokens"] / (generated - started),
             "rollout/prefix_cache_hit": used["cached_prompt_tokens"] / max(1, used["prompt_tokens"]),
@@ -135,7 +135,7 @@ class Collector:
         response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Trajectory.from_completion(
             request.prompt_ids, completion.token_ids, completion.logprobs,
-            task_id=item.task_id, group_id=content_id(str(place), item.task_id), sample_index=sample,
+            task_id=item.task_id, group_id=content_id(request.group, item.task_id), sample_index=sample,
             policy_version=completion.policy_version, stop_reason=completion.stop_reason,
             info={**item.info, "response": response, "gold": item.gold, "prompt": self.task.prompt_text(item, self.tokenizer)},
         )  # fmt: skip
@@ -143,15 +143,21 @@ class Collector:
     def _reward_by_function(self, trajectories: Sequence[Trajectory], items: Sequence[TaskItem]) -> list[GradeResult]:
         prompts = [t.info["prompt"] for t in trajectories]
         queries = [prompt + t.info["response"] for prompt, t in zip(prompts, trajectories, strict=True)]
-        answer = self.reward_function(queries, prompts, [item.gold for item in items], items=list(items))
-        rewards = answer["rewards"] if isinstance(answer, dict) else answer
+        try:
+            answer = self.reward_function(queries, prompts, [item.gold for item in items], items=list(items))
+            rewards = [float(reward) for reward in (answer["rewards"] if isinstance(answer, Mapping) else answer)]
+        except Exception as error:
+            raise WorkerError(
+                f"the reward function failed: {type(error).__name__}: {error}. It is called as f(queries, prompts, labels, items=...) and returns"
+                " one float per response, or a dict with them under 'rewards'"
+            ) from error
         if len(rewards) != len(queries):
             raise ConfigError(
                 f"the reward function returned {len(rewards)} rewards for {len(queries)} responses: it must return one for each"
             )
         return [
             GradeResult(score=value if finite else 0.0, parsed=None, status="ok" if finite else "error")
-            for value in map(float, rewards)
+            for value in rewards
             for finite in [np.isfinite(value)]
         ]
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
-from openrl_reason.core.seeds import derive_seed
+from openrl_reason.core.seeds import content_id, derive_seed
+from openrl_reason.errors import DataError
 from openrl_reason.tasks.base import Task, TaskItem
 from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
 
@@ -24,6 +26,9 @@ class ItemSampler:
     def __init__(self, items: Sequence[Any], seed: int) -> None:
         self._items, self._seed = items, seed
         self._orders: dict[int, np.ndarray] = {}
+        names = [str(item.task_id) if hasattr(item, "task_id") else str(item) for item in items]
+        self.identity = f"{len(items)} items ({content_id(*names)})"
+        """Changes when the items or their order do."""
 
     def indices(self, step: int, count: int) -> list[int]:
         """Places of the ``count`` items of ``step``; epochs follow one another without a gap."""
@@ -51,12 +56,35 @@ def within_limit(task: Task, split: str, tokenizer: Any, limit: int, first: int 
     return encoded.items, encoded.num_too_long
 
 
-def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any]) -> list[Any]:
+def local_path(path: str) -> str:
+    """An absolute path for a folder of this machine, since actors have another working directory; a hub name as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_len", trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError: the model has fewer positions than ``length``, the longest sequence, which ``flag`` sets.
+        DataError: tokenizer and model do not belong together, or a weight file is broken.
+    """
+    from openrl_reason.models.loading import check_vocabulary, load_config, load_tokenizer
+
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, config, path)
+    positions = getattr(config, "max_position_embeddings", None)
+    require(not positions or length <= positions, flag, length, f"the model has {positions} positions: use at most that")
+    count_parameters(path)
+    return tokenizer
+
+
+def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any], side_by_side: bool = True) -> list[Any]:
     """What the functions return, called side by side: starting an actor is mostly waiting. ``close`` of each result goes on ``stack``.
 
     If one fails the others are closed and its error is raised.
     """
-    with ThreadPoolExecutor(len(starts)) as threads:
+    with ThreadPoolExecutor(len(starts) if side_by_side else 1) as threads:
         futures = [threads.submit(start) for start in starts]
     for future in futures:
         if future.exception() is None and future.result() is not None:
@@ -90,8 +118,17 @@ def count_parameters(path: str) -> int | None:
     total = 0
     for file in sorted(Path(path).glob("*.safetensors")):
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total += sum(int(np.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+            size = int.from_bytes(stream.read(8), "little")
+            if not 2 <= size <= file.stat().st_size - 8:
+                raise DataError(f"{file} is no safetensors file (a Git LFS pointer, or cut short?): fetch it again")
+            try:
+                header = json.loads(stream.read(size))
+            except ValueError:
+                raise DataError(f"{file} is no safetensors file: fetch it again") from None
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        if max((entry["data_offsets"][1] for entry in entries), default=0) + 8 + size != file.stat().st_size:
+            raise DataError(f"{file} is cut short: fetch it again")
+        total += sum(int(np.prod(entry["shape"])) for entry in entries)
     return total or None
 
 

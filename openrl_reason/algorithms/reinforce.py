@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,199 +24,31 @@ import torch
 from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
 from openrl_reason.algorithms.common import (
     ItemSampler,
+    checked_tokenizer,
     describe_model,
     estimate_memory,
     last_actions,
+    local_path,
     start_together,
     update_metrics,
     within_limit,
 )
-from openrl_reason.algorithms.reduction import REDUCTIONS, loss_weights
-from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
-from openrl_reason.config import require, require_divisible
+from openrl_reason.algorithms.reduction import loss_weights
+from openrl_reason.algorithms.reinforce_config import ADVANTAGES, ReinforceAlgoConfig, ReinforceConfig
+from openrl_reason.algorithms.trainer import Callback, Trainer
+from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.credit import RunningBaseline, discounted_returns, group_advantages, whiten
 from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
 from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import GateError, WorkerError
+from openrl_reason.errors import ConfigError, GateError, WorkerError
 from openrl_reason.evaluation.accuracy import accuracy_metrics
-from openrl_reason.tasks.base import Task, TaskConfig, load_task
+from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
-from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
-from openrl_reason.workers.placement import Placement, PlacementConfig, Role
-from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
-
-ADVANTAGES = {
-    "baseline": ("none", "running", False, "token"),
-    "rloo": ("rloo", "", False, "token"),
-    "grpo": ("grpo", "", False, "sequence"),
-    "dr_grpo": ("mean", "", False, "constant"),
-    "reinforce++": ("none", "", True, "token"),
-    "reinforce++_baseline": ("mean", "", True, "token"),
-    "none": ("none", "", False, "token"),
-}
-"""name -> (group_advantages kind, other baseline, whiten over the global batch, default loss reduction)."""
-
-
-@dataclass(frozen=True)
-class KLConfig:
-    """KL to the reference model."""
-
-    where: str = "none"
-    """"none" (no reference model is started), "reward" (detached, paid token by token) or "loss"."""
-    coef: float = 0.001
-    """Weight of the KL."""
-    kind: str = "k3"
-    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1. In the reward use k1 (unbiased); in the loss k2 or k3."""
-    target: float = 0.0
-    """Adapt the coefficient so that the KL per response comes to this (0: the coefficient stays)."""
-    horizon: float = 10000.0
-    """Responses over which the adaptive coefficient moves."""
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """The reference model: a group of its own, started only when the KL is used."""
-
-    path: str = ""
-    """Model folder; empty: the policy's start."""
-    num_ranks: int = 1
-    """Number of ranks."""
-    zero_stage: int = 0
-    """0: a full copy on each rank; 3: partitioned."""
-    tokens_per_micro_batch: int = 8192
-    """Tokens of one forward on a rank."""
-    prompts_per_chunk: int = 8
-    """Its log-probs are computed for this many prompts at a time while the others still generate."""
-    refresh_every: int = 0
-    """Copy the policy into the reference every so many steps (0: never)."""
-
-
-@dataclass(frozen=True)
-class ReinforceAlgoConfig:
-    """What is learnt from the rollouts."""
-
-    advantage: str = "rloo"
-    """baseline (running mean), rloo, grpo, dr_grpo, reinforce++, reinforce++_baseline, or none."""
-    loss_reduction: str = "auto"
-    """token, sequence, batch, constant, or auto (what the advantage's paper uses)."""
-    gamma: float = 1.0
-    """Discount per token, at most 1."""
-    return_clamp: tuple[float, float] | None = None
-    """Clamp returns to [low, high] before the baseline."""
-    baseline_decay: float = 0.9
-    """Decay of the running baseline."""
-    clip_low: float = 0.2
-    """PPO clip below 1."""
-    clip_high: float = 0.2
-    """PPO clip above 1 (DAPO's clip-higher: 0.28)."""
-    dual_clip: float | None = None
-    """Bound on the loss of negative advantages at large ratios, > 1 (for instance 3)."""
-    ratio_level: str = "token"
-    """token, or sequence (GSPO)."""
-    importance_correction: str | None = None
-    """Correct for engine and trainer disagreeing: truncate, mask, or none."""
-    importance_cap: float = 2.0
-    """Cap of the importance weight."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    epochs: int = 1
-    """Passes over each collection."""
-    minibatches: int = 1
-    """Optimiser steps per pass."""
-    kl: KLConfig = field(default_factory=KLConfig)
-    """KL to the reference."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation while training, from the same engines, always on the same items."""
-
-    num_items: int = 128
-    """Held-out items: the first so many of the test split (0: no evaluation)."""
-    num_samples: int = 1
-    """Samples per item."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Nucleus of the evaluation."""
-
-
-@dataclass(frozen=True)
-class ReinforceConfig:
-    """REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ with a rollout engine."""
-
-    run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/reinforce"))
-    """The run as a whole."""
-    prompts_per_step: int = 32
-    """Prompts of each step."""
-    samples_per_prompt: int = 8
-    """Responses to each prompt."""
-    grader_processes: int = 1
-    """Processes that grade."""
-    grader_deadline_s: float = 5.0
-    """Seconds one answer may take to grade; then its process is killed and the sample counted as timed out."""
-    task: TaskConfig = field(default_factory=TaskConfig)
-    """What is being solved."""
-    policy: TrainedModelConfig = field(default_factory=TrainedModelConfig)
-    """The model that learns."""
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """The model it is held to."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """The engines."""
-    max_logprob_difference: float = 0.0
-    """Stop the run when the mean |engine - trainer| log-prob of a step exceeds this (0: only report it)."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are sampled."""
-    algo: ReinforceAlgoConfig = field(default_factory=ReinforceAlgoConfig)
-    """What is learnt."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation while training."""
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
-    """Cluster and placement."""
-
-    def __post_init__(self) -> None:
-        check_reinforce(self)
-
-
-def check_reinforce(config: ReinforceConfig) -> None:
-    """Refuses settings that cannot work, naming flag, value and remedy."""
-    algo, kl = config.algo, config.algo.kl
-    require(config.prompts_per_step >= 1, "prompts_per_step", config.prompts_per_step, "at least 1")
-    require(config.samples_per_prompt >= 1, "samples_per_prompt", config.samples_per_prompt, "at least 1")
-    require(algo.advantage in ADVANTAGES, "algo.advantage", algo.advantage, f"use one of {', '.join(ADVANTAGES)}")
-    if ADVANTAGES[algo.advantage][0] != "none":
-        require(
-            config.samples_per_prompt >= 2,
-            "samples_per_prompt",
-            config.samples_per_prompt,
-            f"{algo.advantage} compares siblings: use 2 or more",
-        )
-    require(
-        algo.loss_reduction in ("auto", *REDUCTIONS),
-        "algo.loss_reduction",
-        algo.loss_reduction,
-        f"use auto or one of {', '.join(REDUCTIONS)}",
-    )
-    require(0.0 < algo.gamma <= 1.0, "algo.gamma", algo.gamma, "must be above 0 and at most 1")
-    require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
-    require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
-    idle = kl.where == "loss" and kl.kind == "k1"
-    require(not idle, "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or --algo.kl.where reward")
-    require(algo.epochs >= 1, "algo.epochs", algo.epochs, "at least 1")
-    require_divisible("prompts_per_step", config.prompts_per_step, "algo.minibatches", algo.minibatches)
-    require(not (config.reference.refresh_every and kl.where == "none"), "reference.refresh_every", config.reference.refresh_every,
-            "there is no reference without a KL: set --algo.kl.where reward or loss")  # fmt: skip
-    require(not (config.max_logprob_difference and config.sampling.top_p < 1), "max_logprob_difference", config.max_logprob_difference,
-            "engine and trainer log-probs differ by design with --sampling.top_p below 1: use 0")  # fmt: skip
-    require(
-        config.sampling.temperature > 0,
-        "sampling.temperature",
-        config.sampling.temperature,
-        "greedy responses to a prompt are all alike: use > 0",
-    )
+from openrl_reason.workers.model_config import ModelConfig
+from openrl_reason.workers.placement import Placement, Role
 
 
 @dataclass(frozen=True)
@@ -233,7 +65,8 @@ class PolicyGradientLoss:
             logprobs, old_logprobs, batch.tokens["advantages"], mask,
             clip_low=self.algo.clip_low, clip_high=self.algo.clip_high, dual_clip=self.algo.dual_clip, ratio_level=self.algo.ratio_level,
             cu_seqlens=batch.cu_seqlens, token_weights=weights, behaviour_logprobs=batch.behaviour_logprobs,
-            importance_correction=self.algo.importance_correction, importance_cap=self.algo.importance_cap, denominator=denominators["loss"],
+            importance_correction=None if self.algo.importance_correction == "none" else self.algo.importance_correction,
+            importance_cap=self.algo.importance_cap, denominator=denominators["loss"],
         )  # fmt: skip
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         tokens = denominators["tokens"]
@@ -245,7 +78,8 @@ class PolicyGradientLoss:
         if self.algo.entropy_coef:
             loss = loss - self.algo.entropy_coef * (entropy * weights).sum() / denominators["loss"]
         metrics["train/entropy"] = entropy.detach().sum() / tokens
-        difference = torch.where(mask, (logprobs.detach() - batch.behaviour_logprobs).abs(), 0.0)
+        # Before the update, so that it is the engine's distance from the trainer and not the policy's drift over minibatches.
+        difference = torch.where(mask, (old_logprobs.detach() - batch.behaviour_logprobs).abs(), 0.0)
         metrics["sampling/logprob_difference/mean"] = difference.sum() / tokens
         metrics["sampling/logprob_difference/max"] = difference.max()
         return loss, metrics
@@ -279,6 +113,8 @@ class ReinforceTrainer(Trainer):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, callbacks)
+        if reward_function is not None and not callable(reward_function):
+            raise ConfigError(f"reward_function is {reward_function!r}: give a function (queries, prompts, labels, items=...) -> list of floats")
         self._task, self._reward_function = task, reward_function
         self._group_kind, other, self._whiten, reduction = ADVANTAGES[config.algo.advantage]
         self._reduction = reduction if config.algo.loss_reduction == "auto" else config.algo.loss_reduction
@@ -292,15 +128,12 @@ class ReinforceTrainer(Trainer):
     def step(self) -> dict[str, float]:
         """Collect, credit, update, sync."""
         rollouts = self.collect()
-        if self._take_turns:
-            self.pool.sleep()
+        self._models_turn()
         batch, metrics = self.credit(rollouts)
         metrics |= self.update(batch)
         if self.reference:
             metrics["train/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
-        if self._take_turns:
-            self.pool.wake()
         metrics |= self.sync(self.done + 1)
         self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts))
         return rollouts.metrics | metrics
@@ -370,7 +203,7 @@ class ReinforceTrainer(Trainer):
                 loss, temperature = PolicyGradientLoss(algo, self.kl.coefficient), self.config.sampling.temperature
                 history.append(self.policy.update(part, loss, denominators, temperature=temperature, with_entropy=True))
         metrics = update_metrics(history)
-        difference = history[0]["sampling/logprob_difference/mean"]
+        difference = metrics["sampling/logprob_difference/mean"]
         if self.config.max_logprob_difference and not difference <= self.config.max_logprob_difference:
             raise GateError(
                 f"mean |engine - trainer log-prob| is {difference:.3g} at step {self.done}, above --max_logprob_difference"
@@ -387,7 +220,8 @@ class ReinforceTrainer(Trainer):
             return [None]
         groups = batch.sequences["group_ids"].numpy()
         order = np.random.default_rng(derive_seed(self.run.seed, "minibatches", self.done, epoch)).permutation(self.config.prompts_per_step)
-        return [np.flatnonzero(np.isin(groups, part)).tolist() for part in np.array_split(order, self.config.algo.minibatches)]
+        parts = [np.flatnonzero(np.isin(groups, part)).tolist() for part in np.array_split(order, self.config.algo.minibatches)]
+        return [part for part in parts if part]  # of a minibatch whose grading failed altogether nothing is left
 
     def sync(self, version: int) -> dict[str, float]:
         """The engines get the policy's weights under ``version``; the reference too when its refresh is due."""
@@ -395,7 +229,7 @@ class ReinforceTrainer(Trainer):
         every = self.config.reference.refresh_every
         if self.reference and every and version % every == 0:
             self.reference.copy_weights_from(self.policy)
-        parts = self.pool.sync_weights(self.policy, version)
+        parts = self.pool.sync_weights(self.policy, version, between=self._engines_turn)
         return {f"timing/{name}": seconds for name, seconds in parts.items()} | {"timing/sync": time.perf_counter() - started}
 
     def evaluate(self) -> dict[str, float]:
@@ -436,13 +270,11 @@ class ReinforceTrainer(Trainer):
         ]
 
     def prepare(self) -> None:
-        from openrl_reason.models.loading import load_tokenizer
-
         config = self.config
-        self.tokenizer = load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
+        self.model_path = local_path(config.policy.path)
+        self.tokenizer = checked_tokenizer(self.model_path, config.rollout.max_model_len, trust_remote_code=config.policy.trust_remote_code)
         self.task = self._task or load_task(config.task)
         limit = config.rollout.max_model_len - config.sampling.max_new_tokens
-        require(limit >= 1, "sampling.max_new_tokens", config.sampling.max_new_tokens, f"leaves no prompt of rollout.max_model_len {limit}")
         train_items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
         self.sampler = ItemSampler(train_items, self.run.seed)
         self.eval_items, eval_overlong = within_limit(self.task, "test", self.tokenizer, limit, first=config.eval.num_items)
@@ -455,48 +287,80 @@ class ReinforceTrainer(Trainer):
         from openrl_reason.workers.rollout import RolloutPool
 
         config, seed = self.config, self.run.seed
+        # Colocated engines and ranks share their GPUs: each gives its memory back while the others work.
+        self._take_turns = placement.gpu and config.placement.colocate
+        transport = config.rollout.weight_transport
+        broadcast = self._take_turns and transport in ("gloo", "nccl")
+        require(not broadcast, "rollout.weight_transport", transport, "colocated on GPUs use auto, or --placement.colocate false")
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
         total = self.run.steps * self._updates_per_step
-        has_reference = config.algo.kl.where != "none"
-        self.policy, self.pool, self.reference = start_together(
+        policy, has_reference = replace(config.policy, path=self.model_path), config.algo.kl.where != "none"
+        self.pool, self.policy, self.reference = start_together(
             stack,
-            lambda: ModelGroup.start(config.policy, role="policy", placement=placement, seed=seed, total_steps=total),
-            lambda: RolloutPool(config.rollout, config.policy.path, placement=placement, seed=seed),
+            lambda: RolloutPool(config.rollout, self.model_path, placement=placement, seed=seed),
+            lambda: ModelGroup.start(policy, role="policy", placement=placement, seed=seed, total_steps=total, timeout_s=policy.timeout_s),
             lambda: ModelGroup.start(self.reference_config(), role="reference", placement=placement, seed=seed) if has_reference else None,
+            side_by_side=not self._take_turns,  # vLLM measures the GPU's free memory while it starts
         )
         self.collector = Collector(self.task, self.tokenizer, self.pool, grader, self._reward_function)
-        # Colocated engines and ranks share their GPUs: an engine gives its memory back while the models train.
-        self._take_turns = placement.gpu and config.placement.colocate
+        if self._take_turns:
+            self.policy.offload()
+
+    def _models_turn(self) -> None:
+        """On shared GPUs: the engines sleep, the policy gets its memory back."""
+        if self._take_turns:
+            self.pool.sleep()
+            self.policy.reload()
+
+    def _engines_turn(self) -> None:
+        """The other way round; within a weight sync, after the trainer has packed its weights and before the engines load them."""
+        if self._take_turns:
+            self.policy.offload()
+            self.pool.wake()
 
     def reference_config(self) -> ModelConfig:
         """The reference group's model settings: its own path and ranks, everything else like the policy."""
         policy, reference = self.config.policy, self.config.reference
         return ModelConfig(
-            path=reference.path or policy.path, dtype=policy.dtype, num_ranks=reference.num_ranks, zero_stage=reference.zero_stage,
+            path=local_path(reference.path) if reference.path else self.model_path, dtype=policy.dtype,
+            num_ranks=reference.num_ranks, zero_stage=reference.zero_stage,
             attention=policy.attention, tokens_per_micro_batch=reference.tokens_per_micro_batch, head_chunk_tokens=policy.head_chunk_tokens,
-            trust_remote_code=policy.trust_remote_code, threads_per_rank=policy.threads_per_rank,
+            trust_remote_code=policy.trust_remote_code, threads_per_rank=policy.threads_per_rank, timeout_s=policy.timeout_s,
         )  # fmt: skip
 
     def export(self, folder: Path) -> None:
+        self._models_turn()
         self.policy.export_hf(folder)
+        self._engines_turn()
 
     def save_workers(self, folder: Path) -> None:
+        self._models_turn()
         self.policy.save_state(folder / "policy")
         self.policy.export_hf(folder / "model")
         if self.reference and self.config.reference.refresh_every:
             self.reference.save_state(folder / "reference")
+        self._engines_turn()
 
     def load_workers(self, folder: Path) -> None:
+        self._models_turn()
         self.policy.load_state(folder / "policy")
         if self.reference and self.config.reference.refresh_every:
             self.reference.load_state(folder / "reference")
-        self.pool.sync_weights(self.policy, self.done)
+        self.pool.sync_weights(self.policy, self.done, between=self._engines_turn)
+
+    def order(self) -> dict[str, Any]:
+        config = self.config
+        return {"run.seed": self.run.seed, "prompts_per_step": config.prompts_per_step, "samples_per_prompt": config.samples_per_prompt,
+                "training items": self.sampler.identity}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        return {"kl": self.kl.state_dict()} | ({"baseline": self.baseline.state_dict()} if self.baseline is not None else {})
+        baseline = {"baseline": self.baseline.state_dict()} if self.baseline is not None else {}
+        return super().state() | {"kl": self.kl.state_dict()} | baseline
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.kl.load_state_dict(state["kl"])
-        if self.baseline is not None:
+        super().load_state(state)
+        if self.config.algo.kl.target:  # a fixed coefficient is what the flag says now
+            self.kl.load_state_dict(state["kl"])
+        if self.baseline is not None and "baseline" in state:
             self.baseline.load_state_dict(state["baseline"])

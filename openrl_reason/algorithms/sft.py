@@ -11,7 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from openrl_reason.algorithms.common import ItemSampler, describe_model, estimate_memory, update_metrics, within_limit
+from openrl_reason.algorithms.common import (
+    ItemSampler,
+    checked_tokenizer,
+    describe_model,
+    estimate_memory,
+    local_path,
+    update_metrics,
+    within_limit,
+)
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.trainer import Callback, RunConfig, Trainer
 from openrl_reason.config import require
@@ -53,6 +61,7 @@ class SFTConfig:
         require(
             self.loss_reduction in ("token", "sequence", "batch"), "loss_reduction", self.loss_reduction, "use token, sequence or batch"
         )
+        require(self.eval_items >= 0, "eval_items", self.eval_items, "use 0 for none, or a number of items")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         require(
             self.batch_size >= self.policy.num_ranks,
@@ -123,9 +132,10 @@ class SFTTrainer(Trainer):
         ]
 
     def prepare(self) -> None:
-        from openrl_reason.models.loading import load_tokenizer
-
-        train, self.held_out, overlong = self._read(load_tokenizer(self.config.policy.path, trust_remote_code=self.config.policy.trust_remote_code))
+        policy = self.config.policy
+        self.model_path = local_path(policy.path)
+        tokenizer = checked_tokenizer(self.model_path, self.config.max_length, flag="max_length", trust_remote_code=policy.trust_remote_code)
+        train, self.held_out, overlong = self._read(tokenizer)
         if overlong:
             print(f"{overlong} sequences have more than --max_length {self.config.max_length} tokens: left out")
         if not train:
@@ -135,8 +145,9 @@ class SFTTrainer(Trainer):
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
         from openrl_reason.workers.model_group import ModelGroup
 
+        policy = replace(self.config.policy, path=self.model_path)
         self.policy = ModelGroup.start(
-            self.config.policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps
+            policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps, timeout_s=policy.timeout_s
         )
         stack.callback(self.policy.close)
 
@@ -159,6 +170,9 @@ class SFTTrainer(Trainer):
             held_out = [solution_trajectory(task, item, tokenizer) for item in items]
         kept = [t for t in train if t.num_tokens <= config.max_length]
         return kept, [t for t in held_out if t.num_tokens <= config.max_length], len(train) - len(kept)
+
+    def order(self) -> dict[str, Any]:
+        return {"run.seed": self.run.seed, "batch_size": self.config.batch_size, "training items": self.sampler.identity}
 
     def export(self, folder: Path) -> None:
         self.policy.export_hf(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from openrl_reason.config import require, save_config
-from openrl_reason.errors import ConfigError
+from openrl_reason.errors import CheckpointError, ConfigError
 from openrl_reason.observe.breakdown import time_breakdown
 from openrl_reason.observe.plots import plot_curves
 from openrl_reason.observe.run_log import RunLog
@@ -49,7 +49,7 @@ class RunConfig:
 
 
 class Trainer:
-    """Base of the trainers. Use ``fit()``, or as a context manager around your own loop of ``step()`` calls.
+    """Base of the trainers. Use ``fit()``, or as a context manager around your own loop of ``run_step()`` calls.
 
     An algorithm supplies ``roles``, ``plan``, ``prepare``, ``build``, ``step``, ``evaluate``, ``export``, ``save_workers``, ``load_workers`` and,
     where it has any, ``state`` and ``load_state``. ``config.run`` and ``config.placement`` must exist.
@@ -85,7 +85,7 @@ class Trainer:
         raise NotImplementedError
 
     def step(self) -> dict[str, float]:
-        """One optimisation step; returns its metrics."""
+        """The step after ``done`` finished ones; returns its metrics. ``run_step`` also logs and counts it."""
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
@@ -105,18 +105,32 @@ class Trainer:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """JSON-able state of the driver (baselines, controllers)."""
-        return {}
+        """JSON-able state of the driver: what decides the order of the data, and in subclasses baselines and controllers."""
+        return {"order": self.order()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``state`` gave."""
+        """Takes back what ``state`` gave.
+
+        Raises:
+            CheckpointError: the run would see other data than the one that wrote the checkpoint.
+        """
+        now = self.order()
+        changed = [f"{name} was {old!r} and is {now.get(name)!r}" for name, old in state.get("order", {}).items() if now.get(name) != old]
+        if changed:
+            raise CheckpointError(
+                f"cannot resume, items would be skipped or trained twice: {'; '.join(changed)}. Its settings are in {self.folder / 'config.yaml'}"
+            )
+
+    def order(self) -> dict[str, Any]:
+        """What the items of a step depend on, besides its number."""
+        raise NotImplementedError
 
     # ---- what they share -----------------------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
         """The run's output folder."""
-        return Path(self.run.output_dir)
+        return Path(self.run.output_dir).absolute()  # actors have another working directory
 
     def start(self) -> None:
         """Creates the output folder, starts the actors and, with ``resume``, loads the newest checkpoint."""
@@ -127,23 +141,27 @@ class Trainer:
             self.checkpoints = CheckpointManager(self.folder / "checkpoints", keep=self.run.keep_checkpoints)
         except OSError as error:
             raise ConfigError(f"--run.output_dir is {self.run.output_dir!r}: {error.strerror or error}") from None
-        checkpoint = self.checkpoints.latest()
+        checkpoint = self.checkpoints.latest(clean=self.run.resume)
+        if checkpoint and self.run.resume:
+            require(checkpoint.step <= self.run.steps, "run.steps", self.run.steps, f"the run to resume has done {checkpoint.step} steps already")
+        if self.run.resume and not checkpoint and (self.folder / "metrics.jsonl").exists():
+            print(f"there is no checkpoint in {self.folder}: starting from step 0, its logs are replaced")
         if not self.run.resume and (checkpoint or (self.folder / "metrics.jsonl").exists()):
             raise ConfigError(
                 f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
             )
         self.prepare()
-        save_config(self.config, self.folder / "config.yaml")
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
         try:
             self.build(placement, self._stack)
             if checkpoint:
                 self.done = checkpoint.step
-                self.load_workers(checkpoint.path)
                 self.load_state(checkpoint.state)
+                self.load_workers(checkpoint.path)
         except BaseException:
             self.close()
             raise
+        save_config(self.config, self.folder / "config.yaml")
         self.log = RunLog(self.folder, total_steps=self.run.steps, start_step=self.done, headline=self.headline)
         self._stack.callback(self.log.close)
         if checkpoint:
@@ -188,7 +206,13 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a complete checkpoint (atomically) and returns its folder."""
-        return self.checkpoints.save(self.done, self.save_workers, self.state())
+
+        def write(folder: Path) -> None:
+            self.save_workers(folder)
+            if not (folder / "model" / "config.json").is_file():
+                raise CheckpointError(f"the ranks wrote nothing below {folder} that this machine sees: --run.output_dir must be on a shared disk")
+
+        return self.checkpoints.save(self.done, write, self.state())
 
     def finish(self) -> None:
         """Exports the model and draws the curves."""

@@ -89,6 +89,8 @@ def _read_json_lines(file: Path) -> Iterator[Row]:
                 raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}") from None
+            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+                raise DataError(f"{where}: malformed JSON: {error}") from None
             yield _as_row(where, value)
 
 

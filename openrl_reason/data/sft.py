@@ -41,7 +41,7 @@ class SFTDataConfig:
     apply_chat_template: bool = False
     """Put text prompts and completions through the chat template as a user and an assistant message. Conversations always go through it."""
     max_length: int = 1024
-    """Longest sequence in tokens."""
+    """Longest sequence in tokens. (The sft command sets it from --max_length.)"""
     overlong: str = "skip"
     """What happens to a longer one: skip (left out, counted) or truncate (its end is cut off, counted)."""
     num_rows: int = 0

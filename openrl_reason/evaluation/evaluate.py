@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from openrl_reason.algorithms.collect import Collector, readable
-from openrl_reason.algorithms.common import within_limit
+from openrl_reason.algorithms.common import checked_tokenizer, local_path, within_limit
 from openrl_reason.algorithms.trainer import PlacementConfig
 from openrl_reason.config import require
 from openrl_reason.evaluation.accuracy import accuracy_metrics
@@ -50,17 +51,33 @@ class EvaluateConfig:
     """Print what would be done and stop."""
 
     def __post_init__(self) -> None:
+        require(self.grader_processes >= 1, "grader_processes", self.grader_processes, "at least 1")
+        require(self.grader_deadline_s > 0, "grader_deadline_s", self.grader_deadline_s, "must be positive")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         require(self.num_items >= 0, "num_items", self.num_items, "use 0 for all items")
+        budget, limit = self.sampling.max_new_tokens, self.rollout.max_model_len
+        require(budget < limit, "sampling.max_new_tokens", budget, f"leaves no room for a prompt: it must be below --rollout.max_model_len {limit}")
         require(self.split in ("train", "test"), "split", self.split, "use train or test")
+
+
+def check_output_file(path: Path) -> None:
+    """Refuses a place where the result could not be written, before it is computed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    require(writable and not path.is_dir(), "output", str(path), "give a file name in a folder that can be written")
 
 
 def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str, float]:
     """Runs the evaluation and returns its metrics (``eval/<task>/...``)."""
-    from openrl_reason.models.loading import load_tokenizer
     from openrl_reason.workers.rollout import RolloutPool
 
-    tokenizer = load_tokenizer(config.model)
+    if config.output:
+        check_output_file(Path(config.output))
+    path = local_path(config.model)
+    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
     task = task or load_task(config.task)
     limit = config.rollout.max_model_len - config.sampling.max_new_tokens
     items, overlong = within_limit(task, config.split, tokenizer, limit, first=config.num_items or None)
@@ -74,7 +91,7 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
         )
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
-        pool = RolloutPool(config.rollout, config.model, placement=placement, seed=config.seed)
+        pool = RolloutPool(config.rollout, path, placement=placement, seed=config.seed)
         stack.callback(pool.close)
         collector = Collector(task, tokenizer, pool, grader)
         rollouts = collector.collect(

@@ -34,7 +34,7 @@ def find_model(path: str) -> Path:
     if (folder / "model" / "config.json").is_file() and (folder / "state.json").is_file():
         return folder / "model"
     newest = CheckpointManager(folder / "checkpoints").latest() if (folder / "checkpoints").is_dir() else None
-    if path and newest is not None:
+    if path and newest is not None and (newest.path / "model" / "config.json").is_file():
         return newest.path / "model"
     raise ConfigError(
         f"--checkpoint is {path!r}: give a run's output folder that has checkpoints/, or one checkpoint folder (it holds state.json and model/)"

@@ -25,7 +25,10 @@ def new_model_folder(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
         raise ConfigError(f"output_dir={str(output_dir)!r} is not empty; choose another folder or pass --overwrite true")
     staging = output.with_name(f".{output.name}.new-{uuid.uuid4().hex[:8]}")
     retired = output.with_name(f".{output.name}.old-{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(output_dir)!r} cannot be made: {error.strerror}") from None
     try:
         yield staging
         if output.exists():

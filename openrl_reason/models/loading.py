@@ -54,7 +54,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise DataError(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} has no tokenizer that loads: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"the tokenizer of {path} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
@@ -71,7 +71,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     check_model_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}/config.json cannot be used: {_first_line(error)}") from error
     values = config.to_dict()
     for name in _LOGIT_SETTINGS:

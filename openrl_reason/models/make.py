@@ -21,7 +21,7 @@ class TinyShape:
     """Key and value heads."""
     intermediate_size: int = 768
     """Width of the MLP."""
-    max_position: int = 512
+    max_position: int = 1024
     """Longest sequence."""
     tie_word_embeddings: bool = True
     """Share the input embeddings with the output head."""
@@ -45,6 +45,8 @@ class MakeModelConfig:
     """Shape of the tiny model."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2^63")
+        require(bool(self.output), "output", self.output, "give a folder")
         require(self.kind in ("tiny", "smollm2"), "kind", self.kind, "use tiny or smollm2")
 
 

@@ -94,7 +94,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="surrogatepass").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="surrogatepass").split("\n"):  # splitlines() would also cut at U+2028 in a rollout
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -179,7 +179,7 @@ class ArithmeticTask(Task):
             raise ConfigError(f"styles is empty; use some of {', '.join(STYLES)}")
 
     def load_split(self, split: str) -> list[TaskItem]:
-        size = self.config.num_train if split == "train" else self.config.num_test
+        size = (self.config.num_train or 4000) if split == "train" else (self.config.num_test or 200)
         rng = random.Random(derive_seed(self.config.seed, "arithmetic", split))
         seen: set[str] = set()
         items: list[TaskItem] = []

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrl_reason.core.seeds import content_id
-from openrl_reason.errors import ConfigError, DataError, did_you_mean
-from openrl_reason.tasks.graders import GradeResult
+from openrl_reason.errors import ConfigError, DataError, OpenRLError, did_you_mean
+from openrl_reason.tasks.graders import GradeResult, check_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +41,9 @@ class TaskConfig:
     direct_share: float = 0.0
     """arithmetic: share of the reference solutions that are the bare answer, without steps. A model fine-tuned on both kinds does not know
     that working a problem out pays; reinforcement learning finds out."""
-    num_train: int = 4000
-    """Number of training items. Of data from files: at most so many, the first ones; 0 means all."""
-    num_test: int = 200
+    num_train: int = 0
+    """Number of training items, at most: the first ones. 0: all there are; of generated ones a few thousand."""
+    num_test: int = 0
     """Number of held-out items; as num_train."""
     seed: int = 0
     """Seed of the generator. Train and test are disjoint whatever the seeds."""
@@ -126,6 +126,10 @@ class Task:
         self.config = config
         if config.grader:
             self.grade_kind = config.grader
+        try:
+            check_kind(self.grade_kind)
+        except ValueError as error:
+            raise ConfigError(f"--task.grader: {error}") from None
         default = self.default_chat_prompt if config.apply_chat_template else self.default_prompt_template
         self.prompt_template = config.prompt_template or default
         if "{question}" not in self.prompt_template:
@@ -146,11 +150,26 @@ class Task:
         if split not in SPLITS:
             raise ConfigError(f"split {split!r} does not exist; use 'train' or 'test'")
         if split not in self._splits:
-            loaded = self.load_split(split)
+            loaded = self._load_checked(split)
             if not loaded:
                 raise DataError(f"task {self.name}: the {split} split is empty")
             self._splits[split] = loaded
         return self._splits[split]
+
+    def _load_checked(self, split: str) -> list[TaskItem]:
+        """``load_split``, with a user's mistakes in it told as such."""
+        try:
+            loaded = list(self.load_split(split) or [])
+        except (OpenRLError, KeyboardInterrupt):
+            raise
+        except NotImplementedError:
+            raise ConfigError(f"task {self.name}: {type(self).__name__} has no load_split(split)") from None
+        except Exception as error:
+            raise DataError(f"task {self.name}: load_split({split!r}) raised {type(error).__name__}: {error}") from error
+        for item in loaded:
+            if not isinstance(item, TaskItem):
+                raise DataError(f"task {self.name}: load_split returned a {type(item).__name__}; make items with self.make_item(prompt, gold=...)")
+        return loaded
 
     def make_item(
         self, prompt: str | Sequence[dict[str, str]], *, gold: str, solution: str | None = None, info: dict[str, Any] | None = None
@@ -163,7 +182,7 @@ class Task:
         """The item as chat messages, with the configured system prompt first."""
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         if isinstance(item.prompt, str):
-            return [*system, {"role": "user", "content": self.prompt_template.format_map(_Only(item.prompt))}]
+            return [*system, {"role": "user", "content": self.prompt_template.replace("{question}", item.prompt)}]
         return [*system, *item.prompt]
 
     def prompt_text(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -173,7 +192,7 @@ class Task:
         if self.config.apply_chat_template and tokenizer is not None:
             return render_chat(self.messages(item), tokenizer)
         if isinstance(item.prompt, str):
-            return self.prompt_template.format_map(_Only(item.prompt))
+            return self.prompt_template.replace("{question}", item.prompt)
         if self.config.apply_chat_template:
             return "\n".join(message["content"] for message in self.messages(item))
         raise ConfigError(f"task {self.name}: prompts are chat messages; set --task.apply_chat_template true")
@@ -217,16 +236,6 @@ class Task:
     def env(self, item: TaskItem) -> SingleTurnEnv:
         """A gym-like environment around one item."""
         return SingleTurnEnv(self, item)
-
-
-class _Only(dict):
-    """For str.format_map: knows {question} and nothing else."""
-
-    def __init__(self, question: str) -> None:
-        super().__init__(question=question)
-
-    def __missing__(self, key: str) -> str:
-        raise ConfigError(f"prompt_template: {{{key}}} is unknown; only {{question}} is replaced (write {{{{ and }}}} for braces)")
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = True) -> str:
@@ -275,7 +284,11 @@ def _load_user_task(config: TaskConfig) -> Task:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything; what matters is where
+        del sys.modules[module_name]
+        raise ConfigError(f"task {config.name!r}: {source} does not import: {type(error).__name__}: {error}") from error
     found = vars(module).get(class_name)
     if not (inspect.isclass(found) and issubclass(found, Task)):
         members = vars(module).items()

@@ -57,14 +57,18 @@ class CheckpointManager:
                     shutil.rmtree(old)
         return path
 
-    def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None. Leftovers of killed saves are cleaned up, not read."""
+    def latest(self, *, clean: bool = False) -> Checkpoint | None:
+        """The newest complete checkpoint, or None. Leftovers of killed saves are not read.
+
+        ``clean`` deletes them: for the owner of the folder alone, since a save under way looks just like one.
+        """
         if not self.folder.is_dir():
             return None
-        remove_unfinished(self.folder)
+        if clean:
+            remove_unfinished(self.folder)
         pointer = self.folder / "latest"
         if pointer.is_file():
-            named = self.folder / _read_json(pointer).get("path", "")
+            named = self.folder / str(_read_json(pointer).get("path", ""))
             if (named / "state.json").is_file():
                 return self._read(named)
         # A save was killed between the rename and the pointer, or the pointer's checkpoint was deleted by hand.
@@ -78,6 +82,8 @@ class CheckpointManager:
         record = _read_json(path / "state.json")
         if record.get("format") != FORMAT_VERSION:
             raise CheckpointError(f"{path} has checkpoint format {record.get('format')}; this version reads format {FORMAT_VERSION}")
+        if not isinstance(record.get("step"), int) or not isinstance(record.get("state"), dict):
+            raise CheckpointError(f"cannot read {path / 'state.json'}: it lacks a step or a state")
         return Checkpoint(path=path, step=record["step"], state=record["state"])
 
 

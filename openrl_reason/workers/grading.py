@@ -57,12 +57,17 @@ class _Process:
         self.loaded_kinds: set[str] = set()
         script = Path(__file__).with_name("grading_worker.py")
         # start_new_session: Ctrl-C at the terminal is the parent's to handle, and a kill reaches what a grader started.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script), str(worker_reads), str(worker_writes)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(worker_reads, worker_writes), start_new_session=True,
-        )  # fmt: skip
-        os.close(worker_reads)
-        os.close(worker_writes)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(script), str(worker_reads), str(worker_writes)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(worker_reads, worker_writes), start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            self.close()
+            raise
+        finally:
+            os.close(worker_reads)
+            os.close(worker_writes)
         os.set_blocking(self._requests, False)
         search_path = [os.path.abspath(entry or os.getcwd()) for entry in sys.path]
         package_root = str(Path(__file__).resolve().parents[2])
@@ -231,7 +236,18 @@ class _Shared:
             request.future.set_result(result)
 
     def _serve(self) -> None:
-        """The life of one worker thread: keep one process fed, replace it when it is lost."""
+        """The life of one worker thread. An error that nobody foresaw must not leave futures waiting for ever."""
+        try:
+            self._keep_serving()
+        except BaseException as error:
+            self.start_failure = repr(error)
+            self._fail(deque())
+            for process in list(self.processes):
+                process.kill()
+            raise
+
+    def _keep_serving(self) -> None:
+        """Keep one process fed, replace it when it is lost."""
         process: _Process | None = None
         while batch := self.take():
             pending = deque(batch)
@@ -254,7 +270,12 @@ class _Shared:
 
     def _start_process(self) -> _Process | None:
         for _ in range(MAX_FAILED_STARTS):
-            process = _Process(self.deadline_s, self.load_timeout_s, self.memory_mb)
+            try:
+                process = _Process(self.deadline_s, self.load_timeout_s, self.memory_mb)
+            except OSError as error:  # no memory, processes or file descriptors left: perhaps only for a moment
+                self.start_failure = str(error)
+                time.sleep(0.2)
+                continue
             with self.changed:
                 self.processes.add(process)
             try:

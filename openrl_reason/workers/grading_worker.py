@@ -14,7 +14,6 @@ import select
 import signal
 import sys
 import threading
-import traceback
 
 
 def _die_with_parent(request_fd: int) -> None:
@@ -72,8 +71,8 @@ def serve(request_fd: int, reply_fd: int) -> None:
                 _limit_cpu(setup["load_timeout_s"])
                 try:
                     graders[kind] = load_grader(kind)
-                except BaseException:  # noqa: B036 - importing a user's module may raise anything; the parent turns it into a ConfigError
-                    send(["unloadable", traceback.format_exc(limit=-3).strip()])
+                except BaseException as error:  # noqa: B036 - importing a user's module may raise anything; the parent turns it into a ConfigError
+                    send(["unloadable", f"{type(error).__name__}: {error}"])
                     continue
                 send(["loaded"])
             _limit_cpu(setup["deadline_s"])

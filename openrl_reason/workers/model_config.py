@@ -52,6 +52,8 @@ class ModelConfig:
     """Run Python code that comes with the model folder. Off unless you trust where it comes from."""
     threads_per_rank: int = 1
     """CPU threads of each rank."""
+    timeout_s: float = 1800.0
+    """A call that no rank finishes within this many seconds counts as hung, and the run stops."""
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -62,6 +64,8 @@ class ModelConfig:
             raise ConfigError(f"offload_parameters needs zero_stage 3, and zero_stage is {self.zero_stage}")
         if self.attention not in ("auto", "packed", "flash_attention_2"):
             raise ConfigError(f"attention is {self.attention!r}; it must be 'auto', 'packed' or 'flash_attention_2'")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s is {self.timeout_s}; it must be positive")
         for name in ("num_ranks", "tokens_per_micro_batch", "head_chunk_tokens", "threads_per_rank"):
             if self.__dict__[name] < 1:
                 raise ConfigError(f"{name} is {self.__dict__[name]}; it must be at least 1")
@@ -98,6 +102,11 @@ class TrainedModelConfig(ModelConfig):
             raise ConfigError(f"schedule is {self.schedule!r}; it must be 'cosine', 'linear' or 'constant'")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError("offload_optimizer needs zero_stage 1, 2 or 3, and zero_stage is 0")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas) or self.eps <= 0 or self.weight_decay < 0:
+            raise ConfigError(
+                f"betas are {self.betas}, eps {self.eps}, weight_decay {self.weight_decay}: betas must lie in [0, 1), eps be positive and"
+                " weight_decay not negative"
+            )
         for name, low, high in (("lr", 0.0, None), ("min_lr_ratio", 0.0, 1.0), ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, None)):
             value = self.__dict__[name]
             if value < low or (high is not None and value > high):

@@ -118,10 +118,17 @@ class Placement:
             except ConnectionError as error:
                 raise ConfigError(f"--placement.address is {address!r}, but no Ray cluster answers there: {error}") from None
             return
-        need = sum(int(bundle.resources["CPU"]) for bundle in self.bundles)
+        need, cores = sum(int(bundle.resources["CPU"]) for bundle in self.bundles), os.cpu_count() or 1
+        if need > 4 * cores:
+            raise ConfigError(
+                f"the run needs {need} CPU bundles, this machine has {cores} cores: lower num_ranks and num_engines, use"
+                " --placement.colocate true, or join a cluster with --placement.address"
+            )
+        if self.gpu and device_kind() == "cpu":
+            raise ConfigError("--placement.device is 'gpu', but this machine has none: use cpu, or join a cluster with --placement.address")
         ray.init(
             address="local",
-            num_cpus=max(need, os.cpu_count() or 1),
+            num_cpus=max(need, cores),
             include_dashboard=False,
             runtime_env=runtime_env,
             log_to_driver=False,

@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -295,8 +295,13 @@ class RolloutPool:
 
     # --- weights, sleep, end ---
 
-    def sync_weights(self, model_group: PublishesWeights, version: int) -> dict[str, float]:
+    def sync_weights(
+        self, model_group: PublishesWeights, version: int, *, between: Callable[[], None] | None = None
+    ) -> dict[str, float]:
         """Gives the engines the weights of ``model_group`` as ``version``, and empties their prefix caches.
+
+        ``between`` runs when the trainer has packed its weights and before the engines load them: on shared GPUs the one gives its memory to
+        the other. (A broadcast does both at once, so engines and trainer need GPUs of their own for it.)
 
         Returns:
             seconds: ``sync/publish`` (packing, at the trainer), ``sync/load`` (in vLLM, the slowest engine), ``sync/total``.
@@ -317,6 +322,8 @@ class RolloutPool:
         published = time.perf_counter()
         self._manifest, self.version = manifest, version
         self._forget_groups()
+        if between is not None:
+            between()
         if manifest.transport in BROADCASTS:
             self._settle()
         else:
@@ -376,6 +383,7 @@ class RolloutPool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) if lines else type(error).__name__
 
 

@@ -8,7 +8,8 @@ import torch
 
 from openrl_reason.algorithms.collect import Rollouts
 from openrl_reason.algorithms.reduction import loss_weights
-from openrl_reason.algorithms.reinforce import KLConfig, PolicyGradientLoss, ReinforceAlgoConfig, ReinforceConfig, ReinforceTrainer
+from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
+from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import WorkerError
 from openrl_reason.models.policy import ModelOutput

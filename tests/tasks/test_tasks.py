@@ -80,10 +80,10 @@ def test_wrong_settings_are_refused(wrong):
         load_task(TaskConfig(**wrong))
 
 
-def test_unknown_names_in_a_template_and_unknown_splits_are_refused(tokenizer):
-    task = load_task(TaskConfig(num_train=1, prompt_template="{question} {query}"))
-    with pytest.raises(ConfigError, match="query"):
-        task.encode_prompt(task.items("train")[0], tokenizer)
+def test_only_the_question_is_replaced_in_a_template_and_unknown_splits_are_refused(tokenizer):
+    task = load_task(TaskConfig(num_train=1, prompt_template="{question} {query} \\boxed{}"))
+    item = task.items("train")[0]
+    assert task.prompt_text(item) == f"{item.prompt} {{query}} \\boxed{{}}"
     with pytest.raises(ConfigError, match="'train' or 'test'"):
         task.items("validation")
 

@@ -116,7 +116,8 @@ def test_kill_9_during_a_save_leaves_the_previous_one_and_the_next_run_cleans_up
     process.wait()
     process.stdout.close()
     assert len(hidden(tmp_path)) == 1
-    assert content(CheckpointManager(tmp_path).latest()) == "good" and not hidden(tmp_path)
+    assert content(CheckpointManager(tmp_path).latest()) == "good"
+    assert content(CheckpointManager(tmp_path).latest(clean=True)) == "good" and not hidden(tmp_path)
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_is_undone(tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement_is_undone(tmp_path, mon
     with pytest.raises(SystemExit):
         manager.save(1, writer("second"), {})
     monkeypatch.undo()
-    assert content(CheckpointManager(tmp_path).latest()) == "first" and not hidden(tmp_path)
+    assert content(CheckpointManager(tmp_path).latest(clean=True)) == "first" and not hidden(tmp_path)
 
 
 def test_a_pointer_to_a_deleted_checkpoint_falls_back_to_the_newest_complete_one(tmp_path):
