@@ -36,5 +36,6 @@ class GateError(OpenRLError, RuntimeError):
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest candidate, or an empty string."""
-    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    candidates = list(candidates)
+    near = [name for name in candidates if word and name.startswith(word)] or difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_bad_input_gives_one_error_without_a_traceback(words, expected, model, t
     result = run(*words, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1 and expected in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n"), "no safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]), "cut short"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors weights"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+    ],
+)
+def test_a_damaged_model_folder_is_told_before_anything_starts(damage, expected, model, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    damage(folder)
+    result = run("reinforce", "--policy.path", str(folder), "--run.output_dir", str(tmp_path / "run"), "--run.dry_run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and expected in result.stderr, result.stderr
 
 
 def test_the_dry_run_prints_actors_bundles_and_batch_arithmetic_and_starts_nothing(model, tmp_path):

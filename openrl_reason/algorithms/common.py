@@ -70,8 +70,8 @@ def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_
     """
     from openrl_reason.models.loading import check_vocabulary, load_config, load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     config = load_config(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, config, path)
     positions = getattr(config, "max_position_embeddings", None)
     require(not positions or length <= positions, flag, length, f"the model has {positions} positions: use at most that")

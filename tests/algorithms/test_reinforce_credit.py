@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from openrl_reason.algorithms.collect import Rollouts
+from openrl_reason.algorithms.collect import Collector, Rollouts
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import WorkerError
+from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.models.policy import ModelOutput
+from openrl_reason.tasks.base import TaskItem
 
 LENGTHS = [3, 5, 2, 4, 6, 1]
 REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # two prompts with three siblings each
@@ -166,3 +167,37 @@ def test_minibatches_partition_the_batch_and_keep_siblings_together():
     parts = driver._minibatches(batch, 0)
     assert sorted(map(tuple, parts)) == [(0, 1, 2), (3, 4, 5)]
     assert parts == driver._minibatches(batch, 0)
+
+
+class Silent:
+    """A pool that is never asked."""
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda queries, prompts, labels, items: [1.0] * (len(queries) - 1), "5 rewards for 6 responses"),
+        (lambda queries, prompts, labels, items: 1 / 0, "ZeroDivisionError"),
+        (lambda queries, prompts, labels: [0.0] * len(queries), "TypeError"),
+        (lambda queries, prompts, labels, items: None, "TypeError"),
+        (lambda queries, prompts, labels, items: {"scores": []}, "KeyError"),
+    ],
+)
+def test_a_reward_function_that_fails_is_one_error_that_says_how_it_is_called(function, expected):
+    samples = rollouts()
+    for trajectory in samples.trajectories:
+        trajectory.info.update(prompt="1+1=?", response="2")
+    items = [TaskItem("id", "1+1=?", "2")] * 6
+    with pytest.raises((WorkerError, ConfigError), match=expected):
+        Collector(None, None, Silent(), None, function)._reward_by_function(samples.trajectories, items)
+
+
+def test_a_reward_that_is_not_finite_is_a_counted_error_and_a_dict_of_rewards_is_taken():
+    samples = rollouts()
+    for trajectory in samples.trajectories:
+        trajectory.info.update(prompt="1+1=?", response="2")
+    rewards = [0.5, float("nan"), 1, float("inf"), 0, 0.25]
+    collector = Collector(None, None, Silent(), None, lambda queries, prompts, labels, items: {"rewards": rewards})
+    results = collector._reward_by_function(samples.trajectories, [TaskItem("id", "1+1=?", "2")] * 6)
+    assert [result.status for result in results] == ["ok", "error", "ok", "error", "ok", "ok"]
+    assert [result.score for result in results] == [0.5, 0.0, 1.0, 0.0, 0.0, 0.25]
