@@ -53,10 +53,11 @@ openrl-reason make-model \
     --tiny.num_kv_heads 2 \
     --tiny.intermediate_size 1024
 
+echo "fine-tuning for a minute or two; its log is $PWD/sft.log"
 openrl-reason sft "${task[@]}" \
     --run.output_dir sft \
     --run.seed "$seed" \
-    --run.steps 1100 \
+    --run.steps 900 \
     --batch_size 32 \
     --policy.path start \
     --policy.dtype float32 \
@@ -69,8 +70,8 @@ tail -n 2 sft.log
 openrl-reason reinforce "${task[@]}" "${engines[@]}" \
     --run.output_dir rl \
     --run.seed "$seed" \
-    --run.steps 30 \
-    --run.eval_every 10 \
+    --run.steps 60 \
+    --run.eval_every 15 \
     --algo.advantage rloo \
     --prompts_per_step 32 \
     --samples_per_prompt 8 \
