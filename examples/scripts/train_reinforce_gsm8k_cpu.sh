@@ -25,13 +25,14 @@ openrl-reason reinforce \
     --policy.path "$output/smollm2" \
     --policy.dtype float32 \
     --policy.num_ranks 2 \
+    --policy.tokens_per_micro_batch 1024 \
     --policy.lr 1e-6 \
     --rollout.num_engines 2 \
     --rollout.dtype float32 \
     --rollout.max_model_len 512 \
     --rollout.kv_cache_gib 0.5 \
     --sampling.max_new_tokens 128 \
-    --prompts_per_step 8 \
+    --prompts_per_step 4 \
     --samples_per_prompt 4 \
     --algo.advantage rloo \
     --max_logprob_difference 1e-4
