@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
     "psutil==7.2.2",
     "pyarrow==26.0.1",
     "PyYAML==6.0.3",
+    "rich==15.0.0",
     "ray[default]==2.60.0",
     "safetensors==0.8.0",
     "tokenizers==0.23.3",
