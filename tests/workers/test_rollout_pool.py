@@ -112,7 +112,9 @@ def test_every_request_completes_once_and_siblings_share_an_engine(pool):
 
 def test_results_stream_and_branches_start_while_others_generate(pool):
     short = [replace(request, sampling=SamplingConfig(max_new_tokens=1)) for request in make_requests(2, seed=1)]
-    long = [Request(f"long-{index}", [5 + index] * 4, seed=index, sampling=SamplingConfig(max_new_tokens=180)) for index in range(8)]
+    # Enough of them to keep the engines busy for many pumps, also on an idle machine.
+    budget = SamplingConfig(max_new_tokens=180)
+    long = [Request(f"long-{index}", [5 + index % 40] * 4, seed=index, sampling=budget) for index in range(120)]
     seen = []
     for completion in pool.generate(long + short):
         seen.append(completion.request_id)
