@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from openrl_reason.rewards.base import RewardResult, RewardSample, Rewarder
+from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
 
 __all__ = ["RewardResult", "RewardSample", "Rewarder"]
