@@ -231,11 +231,38 @@ class Task:
         """Grade one answer in the default pool of killable processes."""
         from openrl_reason.workers.grading import grade
 
-        return grade(text, item.gold, self.grade_kind)
+        return grade(text, item.gold, self.grade_kind_of(item))
+
+    def grade_kind_of(self, item: TaskItem) -> str:
+        """The grader of one item: the task's own, unless a task grades its items differently (by their number of options, say)."""
+        return self.grade_kind
 
     def env(self, item: TaskItem) -> SingleTurnEnv:
         """A gym-like environment around one item."""
         return SingleTurnEnv(self, item)
+
+
+def select_items(items: Sequence[TaskItem], ids: Sequence[str]) -> list[TaskItem]:
+    """The items that ``ids`` name, in the order of ``ids``. An id is a ``task_id`` or the item's own ``info["id"]`` in its data.
+
+    Published data repeats some ids and some questions: such an id stands for all of its items. An item that is named twice comes once.
+    Raises DataError naming the ids that no item has."""
+    by_id: dict[str, dict[int, TaskItem]] = {}
+    for number, item in enumerate(items):
+        for name in {item.task_id, str(item.info.get("id", item.task_id))}:
+            by_id.setdefault(name, {})[number] = item
+    wanted = [str(name) for name in ids]
+    unknown = [name for name in dict.fromkeys(wanted) if name not in by_id]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"{len(unknown)} of the {len(set(wanted))} ids name none of the {len(items)} items: {', '.join(map(repr, unknown[:5]))}{more}"
+            f"{did_you_mean(unknown[0], by_id)}; an id is a task_id (rollouts.jsonl has them) or the id in the data"
+        )
+    chosen: dict[int, TaskItem] = {}
+    for name in wanted:
+        chosen |= by_id[name]
+    return list(chosen.values())
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = True) -> str:

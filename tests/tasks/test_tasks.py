@@ -5,7 +5,7 @@ import pytest
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.tiny import make_tokenizer
 from openrl_reason.tasks import GradeResult, Task, TaskConfig, TaskItem, grade, load_task
-from openrl_reason.tasks.base import render_chat
+from openrl_reason.tasks.base import render_chat, select_items
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,23 @@ def test_identities_depend_on_content_alone():
     task = load_task(TaskConfig(num_train=1))
     assert task.make_item("a", gold="1").task_id == task.make_item("a", gold="1", info={"x": 1}).task_id
     assert task.make_item("a", gold="1").task_id != task.make_item("a", gold="2").task_id
+
+
+def test_items_are_chosen_by_their_task_id_or_the_id_in_the_data():
+    task = load_task(TaskConfig(num_train=1))
+    a, b, c = (task.make_item(text, gold="1", info={"id": name}) for text, name in (("a", 7), ("b", "test/b.json"), ("c", 7)))
+    plain = task.make_item("d", gold="1")
+    items = [a, b, c, plain]
+    assert select_items(items, ["test/b.json", a.task_id]) == [b, a]
+    assert select_items(items, ["7", plain.task_id, c.task_id]) == [a, c, plain], "a repeated id stands for all its items, each comes once"
+    assert select_items(items, []) == []
+    with pytest.raises(DataError, match=r"2 of the 3 ids name none of the 4 items: 'test/b.jso', '9' \(did you mean 'test/b.json'\?\)"):
+        select_items(items, ["test/b.jso", "7", "9"])
+
+
+def test_a_task_may_grade_each_item_by_its_own_kind():
+    task = load_task(TaskConfig(num_train=1))
+    item = task.items("train")[0]
+    assert task.grade_kind_of(item) == task.grade_kind == "arithmetic"
+    task.grade_kind_of = lambda item: "gsm8k_lenient"
+    assert task.grade(f"it is {item.gold}", item).score == 1.0
