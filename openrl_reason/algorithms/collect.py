@@ -1,10 +1,10 @@
-"""Rollouts: task items in, graded trajectories out. Grading and reference log-probs start while other prompts still generate."""
+"""Rollouts: task items in, graded trajectories out. Rewards and reference log-probs start while other prompts still generate."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,52 +12,49 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from openrl_reason.core.seeds import content_id, derive_seed
+from openrl_reason.core.steps import split_steps
 from openrl_reason.core.trajectory import StopReason, Trajectory
-from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.data.token_text import token_pieces, token_steps
+from openrl_reason.errors import WorkerError
+from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
 from openrl_reason.tasks.base import Task, TaskItem
-from openrl_reason.workers.grading import GradeResult, GraderPool
+from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.rollout_config import Completion, Request, SamplingConfig
 
 if TYPE_CHECKING:
     from openrl_reason.workers.rollout import RolloutPool
 
-GRADED = ("ok", "no_answer")
-"""Statuses with a reward. Any other means that the grader failed: the sample has no reward, is counted, and does not train."""
-
-RewardFunction = Callable[..., Any]
-"""``reward_function(queries, prompts, labels, items=...)`` -> list of floats, or a dict with "rewards"; ``queries`` are prompt + response texts."""
+FAILED = tuple(status for status in STATUSES if status not in ("ok", "no_answer"))
+"""Statuses that mean that the grader or reward function failed, not the answer."""
 
 
 @dataclass
 class Rollouts:
-    """Graded trajectories in prompt-major order (``num_samples`` siblings in a row), and how they came about."""
+    """Rewarded trajectories in prompt-major order (``num_samples`` siblings in a row), and how they came about."""
 
     trajectories: list[Trajectory]
     items: list[TaskItem]
-    statuses: list[str]
+    results: list[RewardResult]
     chunks: list[Any] = field(default_factory=list)
     """What ``on_chunk`` returned, in order."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def rewards(self) -> np.ndarray:
-        """Outcome reward of each trajectory [B]; NaN where grading failed."""
-        return np.array(
-            [t.reward if status in GRADED else np.nan for t, status in zip(self.trajectories, self.statuses, strict=True)], dtype=np.float64
-        )
+        """Total reward of each trajectory [B]; NaN where it has none."""
+        return np.array([result.score for result in self.results], dtype=np.float64)
+
+    @property
+    def statuses(self) -> list[str]:
+        """Status of each trajectory's reward [B]."""
+        return [result.status for result in self.results]
 
 
 class Collector:
-    """Generates and grades. One per run; ``collect`` per step.
+    """Generates and rewards. One per run; ``collect`` per step."""
 
-    Args:
-        reward_function: replaces the task's grader when given; called once per collection, when all responses are there.
-    """
-
-    def __init__(
-        self, task: Task, tokenizer: Any, pool: RolloutPool, grader: GraderPool, reward_function: RewardFunction | None = None
-    ) -> None:
-        self.task, self.tokenizer, self.pool, self.grader, self.reward_function = task, tokenizer, pool, grader, reward_function
+    def __init__(self, task: Task, tokenizer: Any, pool: RolloutPool, rewarder: Rewarder) -> None:
+        self.task, self.tokenizer, self.pool, self.rewarder = task, tokenizer, pool, rewarder
 
     def collect(
         self,
@@ -69,19 +66,19 @@ class Collector:
         on_chunk: Callable[[list[Trajectory]], Any] | None = None,
         prompts_per_chunk: int = 8,
     ) -> Rollouts:
-        """``num_samples`` graded responses to each item.
+        """``num_samples`` rewarded responses to each item.
 
         Args:
             seed: identity of this collection, for instance ``(run_seed, "train", step)``; each sample adds its place and task id.
-            on_chunk: called with the ungraded trajectories of ``prompts_per_chunk`` consecutive prompts as soon as all of them and of the
-                chunks before are generated. Chunks are cut by position, never by arrival, so that what is computed on them is
+            on_chunk: called with the trajectories (no rewards yet) of ``prompts_per_chunk`` consecutive prompts as soon as all of them and of
+                the chunks before are generated. Chunks are cut by position, never by arrival, so that what is computed on them is
                 reproducible to the bit.
         """
         before, started = Counter(self.pool.stats()), time.perf_counter()
         requests = self._requests(items, num_samples, sampling, seed)
         index_of = {request.request_id: index for index, request in enumerate(requests)}
         trajectories: list[Trajectory | None] = [None] * len(requests)
-        grades: list[Future[GradeResult] | None] = [None] * len(requests)
+        pending: list[Future[RewardResult] | None] = [None] * len(requests)
         missing, chunks = [num_samples] * len(items), []
 
         def next_chunk_is_complete() -> bool:
@@ -91,33 +88,34 @@ class Collector:
         for completion in self.pool.generate(requests):
             index = index_of[completion.request_id]
             place, sample = divmod(index, num_samples)
-            trajectory = self._trajectory(items[place], requests[index], completion, place, sample)
+            trajectory = self._trajectory(items[place], requests[index], completion, sample)
             trajectories[index] = trajectory
             missing[place] -= 1
-            if self.reward_function is None:
-                grades[index] = self.grader.submit(trajectory.info["response"], items[place].gold, self.task.grade_kind)
+            pending[index] = self.rewarder.submit(self._reward_sample(trajectory, items[place]))
             while on_chunk and next_chunk_is_complete():
                 first, size = len(chunks) * prompts_per_chunk * num_samples, prompts_per_chunk * num_samples
                 chunks.append(on_chunk(trajectories[first : first + size]))
         assert all(t is not None for t in trajectories), "the pool returned fewer completions than requests"
         generated = time.perf_counter()
-        finished = [item for item in items for _ in range(num_samples)]
-        results = self._reward_by_function(trajectories, finished) if self.reward_function else [future.result() for future in grades]
-        for trajectory, result in zip(trajectories, results, strict=True):
-            trajectory.rewards[-1] = result.score
-            trajectory.info.update(grade_status=str(result.status), parsed=result.parsed)
-        rollouts = Rollouts(trajectories, finished, [str(result.status) for result in results], chunks)
+        self.rewarder.flush()
+        results = [future.result() for future in pending]
+        results = [self._reward(trajectory, result) for trajectory, result in zip(trajectories, results, strict=True)]
+        rollouts = Rollouts(trajectories, [item for item in items for _ in range(num_samples)], results, chunks)
         used = Counter(self.pool.stats())
         used.subtract(before)
-        rollouts.metrics = rollout_metrics(rollouts, num_samples) | {
-            "timing/generate": generated - started,
-            "timing/generate_busy": max(seconds for name, seconds in used.items() if name.startswith("seconds_busy/")),
-            "timing/grade": time.perf_counter() - generated,
-            "perf/generated_tokens_per_second": used["generated_tokens"] / (generated - started),
-            "rollout/prefix_cache_hit": used["cached_prompt_tokens"] / max(1, used["prompt_tokens"]),
-            "rollout/engine_restarts": used["restarts"],
-            "rollout/resubmitted": used["resubmitted"],
-        }
+        rollouts.metrics = (
+            self.rewarder.metrics()
+            | rollout_metrics(rollouts, num_samples)
+            | {
+                "timing/generate": generated - started,
+                "timing/generate_busy": max(seconds for name, seconds in used.items() if name.startswith("seconds_busy/")),
+                "timing/grade": time.perf_counter() - generated,
+                "perf/generated_tokens_per_second": used["generated_tokens"] / (generated - started),
+                "rollout/prefix_cache_hit": used["cached_prompt_tokens"] / max(1, used["prompt_tokens"]),
+                "rollout/engine_restarts": used["restarts"],
+                "rollout/resubmitted": used["resubmitted"],
+            }
+        )
         return rollouts
 
     def _requests(self, items: Sequence[TaskItem], num_samples: int, sampling: SamplingConfig, seed: tuple[int | str, ...]) -> list[Request]:
@@ -131,7 +129,7 @@ class Collector:
                 requests.append(Request(request_id=name, prompt_ids=prompt_ids, seed=sample_seed, sampling=sampling, group=f"{prefix}/{place}"))
         return requests
 
-    def _trajectory(self, item: TaskItem, request: Request, completion: Completion, place: int, sample: int) -> Trajectory:
+    def _trajectory(self, item: TaskItem, request: Request, completion: Completion, sample: int) -> Trajectory:
         response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Trajectory.from_completion(
             request.prompt_ids, completion.token_ids, completion.logprobs,
@@ -140,26 +138,28 @@ class Collector:
             info={**item.info, "response": response, "gold": item.gold, "prompt": self.task.prompt_text(item, self.tokenizer)},
         )  # fmt: skip
 
-    def _reward_by_function(self, trajectories: Sequence[Trajectory], items: Sequence[TaskItem]) -> list[GradeResult]:
-        prompts = [t.info["prompt"] for t in trajectories]
-        queries = [prompt + t.info["response"] for prompt, t in zip(prompts, trajectories, strict=True)]
-        try:
-            answer = self.reward_function(queries, prompts, [item.gold for item in items], items=list(items))
-            rewards = [float(reward) for reward in (answer["rewards"] if isinstance(answer, Mapping) else answer)]
-        except Exception as error:
-            raise WorkerError(
-                f"the reward function failed: {type(error).__name__}: {error}. It is called as f(queries, prompts, labels, items=...) and returns"
-                " one float per response, or a dict with them under 'rewards'"
-            ) from error
-        if len(rewards) != len(queries):
-            raise ConfigError(
-                f"the reward function returned {len(rewards)} rewards for {len(queries)} responses: it must return one for each"
-            )
-        return [
-            GradeResult(score=value if finite else 0.0, parsed=None, status="ok" if finite else "error")
-            for value in rewards
-            for finite in [np.isfinite(value)]
-        ]
+    def _reward_sample(self, trajectory: Trajectory, item: TaskItem) -> RewardSample:
+        response = trajectory.info["response"]
+        return RewardSample(
+            prompt=trajectory.info["prompt"], response=response, item=item, num_tokens=trajectory.num_actions,
+            stop_reason=str(trajectory.stop_reason), steps=tuple(split_steps(response, self.task.step_kind)),
+        )  # fmt: skip
+
+    def _reward(self, trajectory: Trajectory, result: RewardResult) -> RewardResult:
+        """Puts the reward onto the trajectory: on its last step, or one on each step. Without a reward it is 0 there, and NaN in the result."""
+        trajectory.info.update(grade_status=result.status, parsed=result.parsed)
+        if result.step_scores is None or not np.isfinite(result.score):
+            trajectory.rewards[-1] = result.score if np.isfinite(result.score) else 0.0
+            return result
+        response = trajectory.info["response"]
+        pieces = token_pieces(self.tokenizer, trajectory.response_ids.tolist(), response)
+        if pieces is None:
+            detail = "rewards per step need to know which tokens a step has, and this tokenizer's decoder does not say"
+            return replace(result, score=float("nan"), status="error", detail=detail, step_scores=None)
+        steps = split_steps(response, self.task.step_kind)
+        trajectory.step_ids[trajectory.action_mask] = token_steps(steps, pieces)
+        trajectory.rewards = np.asarray(result.step_scores, np.float32) if result.step_scores else np.zeros(1, np.float32)
+        return result
 
 
 def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:
@@ -180,22 +180,73 @@ def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:
         "response_length/min": float(lengths.min()),
         "response_length/clip_ratio": float(truncated.mean()),
         "prompt_length/mean": float(np.mean([len(t.token_ids) - t.num_actions for t in trajectories])),
-        "reward/no_answer_rate": statuses["no_answer"] / total,
-        "reward/timeout_rate": statuses["timeout"] / total,
-        "reward/error_rate": sum(count for status, count in statuses.items() if status not in (*GRADED, "timeout")) / total,
+        **{f"reward/{status}_rate": statuses[status] / total for status in STATUSES if status != "ok"},
     }
 
 
-def readable(rollouts: Rollouts, step: int, limit: int) -> list[dict[str, Any]]:
-    """Records for ``rollouts.jsonl``: evenly spaced samples, or all with ``limit`` -1."""
+def check_failures(rollouts: Rollouts, max_failed_rate: float) -> None:
+    """Raises WorkerError when more than this share of the rewards failed, or every single one, with counts and the first causes."""
+    total = len(rollouts.results)
+    failed = [result for result in rollouts.results if result.status in FAILED]
+    if len(failed) <= max_failed_rate * total and np.isfinite(rollouts.rewards).any():
+        return
+    counts = ", ".join(f"{status} {count}" for status, count in Counter(rollouts.statuses).most_common())
+    causes = dict.fromkeys(result.detail for result in failed if result.detail)
+    reason = f"; for instance: {' | '.join(list(causes)[:3])[:600]}" if causes else ""
+    limit = f"--reward.max_failed_rate is {max_failed_rate:g}" if len(failed) < total else "there is nothing to train on"
+    raise WorkerError(f"{len(failed)} of {total} rewards failed ({counts}); {limit}{reason}")
+
+
+def readable(
+    rollouts: Rollouts, step: int, limit: int, *, source: str = "train", tokenizer: Any = None, batch: Any = None
+) -> list[dict[str, Any]]:
+    """Records for ``rollouts.jsonl``: evenly spaced samples, or all with ``limit`` -1.
+
+    With a ``tokenizer`` they hold the text of each token, and with the ``batch`` that ``credit`` made of them (its ``sequences["places"]``
+    says which is which) advantages, values and log-prob ratios beside them.
+    """
     total = len(rollouts.trajectories)
     count = total if limit < 0 else min(limit, total)
-    return [
-        {"step": step, "trajectory_id": t.trajectory_id, "task_id": t.task_id, "prompt": t.info["prompt"], "response": t.info["response"],
-         "gold": t.info["gold"], "parsed": t.info["parsed"], "status": t.info["grade_status"], "reward": t.reward, "stop_reason": str(t.stop_reason),
-         "num_tokens": t.num_actions, "policy_version": t.policy_version}
-        for t in (rollouts.trajectories[index * total // count] for index in range(count))
-    ]  # fmt: skip
+    rows = {} if batch is None else {int(place): row for row, place in enumerate(batch.sequences["places"])}
+    records = []
+    for index in (number * total // count for number in range(count)):
+        t, result = rollouts.trajectories[index], rollouts.results[index]
+        record = {
+            "step": step, "source": source, "trajectory_id": t.trajectory_id, "task_id": t.task_id, "prompt": t.info["prompt"],
+            "response": t.info["response"], "gold": t.info["gold"], "parsed": t.info["parsed"], "status": result.status, "detail": result.detail,
+            "reward": _rounded(result.score), "reward_terms": {name: _rounded(score) for name, score in result.terms.items()},
+            "stop_reason": str(t.stop_reason), "num_tokens": t.num_actions, "policy_version": t.policy_version,
+        }  # fmt: skip
+        if tokenizer is not None:
+            record |= _per_token(t, result, tokenizer, batch, rows.get(index))
+        records.append(record)
+    return records
+
+
+def _per_token(trajectory: Trajectory, result: RewardResult, tokenizer: Any, batch: Any, row: int | None) -> dict[str, Any]:
+    """What is known about each response token, and where steps begin when steps were rewarded."""
+    pieces = token_pieces(tokenizer, trajectory.response_ids.tolist(), trajectory.info["response"])
+    if pieces is None:
+        return {}
+    data = {"logprob": trajectory.behaviour_logprobs[trajectory.action_mask]}
+    if row is not None:
+        first, last = int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1])
+        mask = batch.action_mask[first:last]
+        known = {name: batch.tokens[name][first:last][mask].numpy() for name in ("advantages", "values", "old_logprobs") if name in batch.tokens}
+        if "old_logprobs" in known:
+            data["logprob_ratio"] = known["old_logprobs"] - data["logprob"]
+        data |= {short: known[name] for name, short in (("advantages", "advantage"), ("values", "value")) if name in known}
+    record = {"tokens": pieces, "token_data": {name: [_rounded(value) for value in values] for name, values in data.items()}}
+    if result.step_scores is not None:
+        steps = trajectory.step_ids[trajectory.action_mask]
+        record["step_starts"] = np.flatnonzero(np.diff(steps, prepend=-1)).tolist()
+        record["step_rewards"] = [_rounded(score) for score in result.step_scores]
+    return record
+
+
+def _rounded(value: float) -> float | None:
+    """Four significant digits, enough to read; None for NaN, which JSON does not have."""
+    return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def with_budget(sampling: SamplingConfig, **changes: Any) -> SamplingConfig:
