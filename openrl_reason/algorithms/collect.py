@@ -197,9 +197,7 @@ def check_failures(rollouts: Rollouts, max_failed_rate: float) -> None:
     raise WorkerError(f"{len(failed)} of {total} rewards failed ({counts}); {limit}{reason}")
 
 
-def readable(
-    rollouts: Rollouts, step: int, limit: int, *, source: str = "train", tokenizer: Any = None, batch: Any = None
-) -> list[dict[str, Any]]:
+def readable(rollouts: Rollouts, step: int, limit: int, *, source: str = "train", tokenizer: Any = None, batch: Any = None) -> list[dict[str, Any]]:
     """Records for ``rollouts.jsonl``: evenly spaced samples, or all with ``limit`` -1.
 
     With a ``tokenizer`` they hold the text of each token, and with the ``batch`` that ``credit`` made of them (its ``sequences["places"]``
