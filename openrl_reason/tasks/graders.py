@@ -1,4 +1,6 @@
-"""Grading functions: ``(answer_text, gold) -> (score, parsed)``. Standard library only, because they run in small worker processes.
+"""Grading functions: ``(answer_text, gold) -> (score, parsed)``, and the registry of their kinds.
+
+Standard library only, because small worker processes import it; what the other kinds need is imported when a kind is first loaded.
 
 Numbers are compared as canonical decimal strings, exactly: no float, no tolerance, no factor of 100, nothing is evaluated, and a
 million digits cost no more than reading them. Both sides are normalised alike: ``18``, ``18.0``, ``$18``, ``18%``, ``18 dollars`` and
@@ -7,6 +9,7 @@ million digits cost no more than reading them. Both sides are normalised alike: 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import numbers
@@ -116,11 +119,52 @@ def grade_last_number(answer_text: str, gold: str) -> tuple[float, str | None]:
     return _compare(last_number(answer_text), gold)
 
 
+class _Lazy:
+    """A grader whose module is imported when its kind is first loaded: it may be heavy, and may lack a package."""
+
+    def __init__(self, module: str, name: str, *arguments: object, loader: bool = False) -> None:
+        self.module, self.name, self.arguments, self.loader = module, name, arguments, loader
+
+    def load(self) -> Callable[[str, str], object]:
+        found = getattr(importlib.import_module(f"openrl_reason.tasks.{self.module}"), self.name)
+        return found(*self.arguments) if self.loader else found
+
+    def __call__(self, answer_text: str, gold: str) -> object:
+        return self.load()(answer_text, gold)
+
+
 GRADERS: dict[str, Callable[[str, str], object]] = {
     "arithmetic": grade_final_number,
     "gsm8k": grade_final_number,
     "gsm8k_lenient": grade_last_number,
+    "gsm8k_parity": _Lazy("grade_parity", "load_gsm8k_parity", loader=True),
+    "math": _Lazy("grade_math", "load_math", loader=True),
+    "math_lenient": _Lazy("grade_math", "load_math_lenient", loader=True),
+    "math_parity": _Lazy("grade_parity", "load_math_parity", loader=True),
+    "text": _Lazy("grade_choice", "grade_text"),
+    "yes_no": _Lazy("grade_choice", "grade_yes_no"),
+    **{f"choice{options}": _Lazy("grade_choice", "load_choice", options, loader=True) for options in range(2, 27)},
 }
+
+
+def _kinds() -> str:
+    return ", ".join([*(kind for kind in GRADERS if not kind.startswith("choice")), "choice2 to choice26 (by the number of options)"])
+
+
+def check_gold(kind: str, gold: str) -> None:
+    """Raise ValueError if no answer can ever equal ``gold``: cheap, for use when a data set is loaded. Kinds by path are not checked."""
+    if kind in ("arithmetic", "gsm8k", "gsm8k_lenient"):
+        _compare(None, gold)
+    elif kind.startswith("choice") and kind in GRADERS:
+        from openrl_reason.tasks.grade_choice import choice_gold
+
+        choice_gold(gold, int(kind[len("choice") :]))
+    elif kind == "yes_no":
+        from openrl_reason.tasks.grade_choice import yes_no_gold
+
+        yes_no_gold(gold)
+    elif kind in GRADERS and not gold.strip().strip("."):
+        raise ValueError(f"the gold answer {gold!r} is empty")
 
 
 def check_kind(kind: str) -> None:
@@ -129,15 +173,20 @@ def check_kind(kind: str) -> None:
     if kind in GRADERS:
         return
     if not (colon and source and function.isidentifier()):
-        raise ValueError(f"grader {kind!r} is unknown; use {', '.join(GRADERS)}, 'module:function' or 'path/to/file.py:function'")
+        near = difflib.get_close_matches(kind, GRADERS, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"grader {kind!r} is unknown{meant}. Use {_kinds()}, 'module:function' or 'path/to/file.py:function'")
     if source.endswith(".py") and not Path(source).is_file():
         raise ValueError(f"grader {kind!r}: there is no file {source}")
 
 
 def load_grader(kind: str) -> Callable[[str, str], object]:
-    """The function behind ``kind``. Importing a user's module runs its code: called in the worker process only. Raises ValueError."""
+    """The function behind ``kind``. Importing a user's module runs its code: called in the worker process only.
+
+    Raises ValueError for an unknown kind, RuntimeError where a package that the kind needs is missing or of another version."""
     if kind in GRADERS:
-        return GRADERS[kind]
+        grader = GRADERS[kind]
+        return grader.load() if isinstance(grader, _Lazy) else grader
     check_kind(kind)
     source, _, function = kind.rpartition(":")
     if source.endswith(".py"):

@@ -1,0 +1,500 @@
+"""Reads a final answer written in LaTeX into a small tree: numbers, expressions, tuples, intervals, sets, unions, relations, matrices, units.
+
+Only reading happens here, by a recursive descent over at most :data:`grade_extract.MAX_ANSWER` characters, nested at most
+:data:`MAX_DEPTH` deep; nothing is computed and nothing evaluated. Standard library only. A tree is nested tuples:
+``("num", Fraction) ("sym", name) ("add" | "mul", *terms) ("neg" | "deg" | "pct", a) ("div" | "pow", a, b) ("call", name, *args)
+("pm", "±" | "∓", a) ("group", brackets, *items) ("set" | "union" | "list" | "ratio", *items) ("rel", ops, *sides)
+("matrix", kind, *rows) ("unit", a, name) ("based", digits, base) ("text", words)``.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from openrl_reason.tasks.grade_clean import BREAK, FUNCTIONS, LEFT_SET, RIGHT_SET
+from openrl_reason.tasks.grade_units import unit_name
+
+MAX_DEPTH = 30
+MAX_DIGITS = 1000
+
+Tree = tuple
+
+
+class Unreadable(ValueError):
+    """The text is not an answer this module reads. ``foreign`` when the cause is a LaTeX command it does not know."""
+
+    def __init__(self, message: str, foreign: bool = False) -> None:
+        super().__init__(message)
+        self.foreign = foreign
+
+
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar emptyset varnothing triangle angle ldots cdots dots".split()
+)
+_CURRENCIES = {"￥": "dollar", "£": "pound sterling", "€": "euro"}
+_NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+_PLAIN_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+_RELATIONS = "=<>≤≥≠∈≈→"
+
+
+class Reader:
+    """One cleaned answer, read from the left. ``thousands``: whether ``1,234`` outside of brackets is one number."""
+
+    def __init__(self, text: str, thousands: bool = True) -> None:
+        self.text = text
+        self.at = 0
+        self.depth = 0
+        self.in_bars = 0
+        self.in_brackets = 0
+        self.thousands = thousands
+
+    def fail(self, what: str, foreign: bool = False) -> Unreadable:
+        return Unreadable(f"{what} at {self.at}", foreign)
+
+    def peek(self) -> str:
+        """The next character that is not a space; "" at the end."""
+        while self.at < len(self.text) and self.text[self.at] == " ":
+            self.at += 1
+        return self.text[self.at : self.at + 1]
+
+    def take(self, characters: str) -> str:
+        found = self.peek()
+        if found and found in characters:
+            self.at += 1
+            return found
+        return ""
+
+    def command(self) -> str:
+        """The name of the command that comes next, or ""."""
+        if self.peek() != "\\":
+            return ""
+        match = re.compile(r"\\([A-Za-z]+)").match(self.text, self.at)
+        return match[1] if match else ""
+
+    def expect(self, character: str) -> None:
+        if not self.take(character):
+            raise self.fail(f"expected {character!r}")
+
+    # -- items and relations
+
+    def answer(self) -> Tree:
+        tree = self.items("")
+        if self.peek():
+            raise self.fail("text left over")
+        return tree
+
+    def items(self, closing: str) -> Tree:
+        """Items up to the end or one of ``closing``; a list if there are several."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.fail("nested too deeply")
+        found = [self.relation()]
+        while self.take(",;"):
+            if not self.peek() or self.peek() in closing:
+                break
+            found.append(self.relation())
+        self.depth -= 1
+        return found[0] if len(found) == 1 else ("list", *found)
+
+    def relation(self) -> Tree:
+        sides, ops = [self.ratio()], ""
+        while op := self.take(_RELATIONS):
+            ops += "=" if op == "≈" else op
+            sides.append(self.ratio())
+        return ("rel", ops, *sides) if ops else sides[0]
+
+    def ratio(self) -> Tree:
+        parts = [self.union()]
+        while not self.in_brackets and self.take(":"):
+            parts.append(self.union())
+        if len(parts) == 1:
+            return parts[0]
+        if parts[-1][0] == "unit":  # 8:34 p.m.
+            return ("unit", ("ratio", *parts[:-1], parts[-1][1]), parts[-1][2])
+        return ("ratio", *parts)
+
+    def union(self) -> Tree:
+        parts = [self.measured()]
+        while self.take("∪"):
+            parts.append(self.measured())
+        return parts[0] if len(parts) == 1 else ("union", *parts)
+
+    def measured(self) -> Tree:
+        """A sum with its unit, or words."""
+        if self.command() == "text":
+            words = self.words()
+            if self.take("_"):
+                return ("based", words.upper(), self.base_digits())
+            return ("text", words)
+        tree = self.sum()
+        unit = self.unit()
+        return ("unit", tree, unit) if unit else tree
+
+    def words(self) -> str:
+        parts = []
+        while self.command() == "text":
+            start = self.text.index("{", self.at)
+            end = self.text.find("}", start)
+            if end < 0:
+                raise self.fail("open text")
+            parts.append(self.text[start + 1 : end])
+            self.at = end + 1
+        return re.sub(r"\s+", " ", " ".join(parts)).strip()
+
+    def unit(self) -> str:
+        parts = []
+        while self.command() == "text" or (parts and self.peek() == "/"):
+            if self.take("/"):
+                parts.append("per")
+            words = self.words()
+            if not words:
+                continue
+            power = ""
+            if self.take("^"):
+                power = str(self.exponent_digits())
+            parts.append(f"{words}^{power}" if power else words)
+        return unit_name(" ".join(parts)) if parts else ""
+
+    def exponent_digits(self) -> int:
+        match = re.compile(r"\s*(?:\{\s*(-?[0-9])\s*\}|([0-9]))").match(self.text, self.at)
+        if not match:
+            raise self.fail("expected the power of a unit")
+        self.at = match.end()
+        return int(match[1] or match[2])
+
+    # -- arithmetic
+
+    def sum(self) -> Tree:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.fail("nested too deeply")
+        terms = []
+        while True:
+            sign = self.take("+-±∓")
+            if terms and not sign:
+                break
+            while more := self.take("+-"):
+                sign = "-" if (more == "-") != (sign == "-") and sign in ("", "+", "-") else "+" if sign in ("", "+", "-") else sign
+            term = self.product()
+            terms.append(("neg", term) if sign == "-" else ("pm", sign, term) if sign and sign in "±∓" else term)
+        self.depth -= 1
+        return terms[0] if len(terms) == 1 else ("add", *terms)
+
+    def product(self, argument: bool = False) -> Tree:
+        """Factors, explicit or side by side. In the argument of a function without brackets the next function ends it."""
+        tree = self.factor()
+        while True:
+            if not argument and (op := self.take("*/")):
+                sign = self.take("-")
+                right = self.factor()
+                right = ("neg", right) if sign else right
+                tree = ("div", tree, right) if op == "/" else ("mul", tree, right)
+            elif self.starts_factor(argument):
+                right = self.factor()
+                tree = self.juxtapose(tree, right)
+            else:
+                return tree
+
+    def juxtapose(self, left: Tree, right: Tree) -> Tree:
+        """``2\\frac{1}{3}`` is a mixed number, ``2\\frac{x}{3}`` and ``2\\frac{7}{3}`` are products; two numbers side by side are neither."""
+        if left[0] == "num" and left[1].denominator == 1 and right[0] == "div":
+            top, bottom = right[1], right[2]
+            if top[0] == bottom[0] == "num" and 0 < top[1] < bottom[1] and top[1].denominator == bottom[1].denominator == 1:
+                return ("add", left, right)
+        if right[0] == "num" and left[0] == "num":
+            match = re.compile(r"\s*/\s*([0-9]+)(?![0-9.])").match(self.text, self.at)
+            if left[1].denominator == 1 and match and len(match[1]) < 10 and 0 < right[1] < int(match[1]):
+                self.at = match.end()
+                return ("add", left, ("div", right, ("num", Fraction(int(match[1])))))
+            raise self.fail("two numbers side by side")
+        return ("mul", left, right)
+
+    def starts_factor(self, argument: bool) -> bool:
+        character = self.peek()
+        if not character:
+            return False
+        if character == "\\":
+            name = self.command()
+            return name in GREEK or name in ("pi", "frac", "sqrt", "binom", "overline", "begin") or (name in FUNCTIONS and not argument)
+        if character == "|":
+            return self.in_bars == 0
+        return character.isascii() and character.isalnum() or character in "([{.⌊⌈∞" + LEFT_SET and not (argument and character in "([")
+
+    def factor(self) -> Tree:
+        tree = self.atom()
+        while True:
+            if self.peek() == "^":
+                self.at += 1
+                tree = ("pow", tree, self.exponent())
+            elif self.take("!"):
+                tree = ("call", "factorial", tree)
+            elif self.take("°"):
+                tree = ("deg", tree)
+            elif self.take("%"):
+                tree = ("pct", tree)
+            elif tree[0] == "num" and self.peek() == "_":
+                raise self.fail("a number with a subscript inside of an expression")
+            else:
+                return tree
+
+    def exponent(self) -> Tree:
+        if self.peek() == "{":
+            return self.braced()
+        sign = self.take("-+")
+        match = re.compile(r"\s*([0-9]+)").match(self.text, self.at)
+        if match and len(match[1]) <= MAX_DIGITS:
+            self.at = match.end()
+            tree: Tree = ("num", Fraction(int(match[1])))
+        else:
+            tree = self.atom()
+        return ("neg", tree) if sign == "-" else tree
+
+    def braced(self) -> Tree:
+        """``{...}`` as an argument."""
+        self.expect("{")
+        outer, self.in_bars = self.in_bars, 0
+        tree = self.items("}")
+        self.in_bars = outer
+        self.expect("}")
+        return tree
+
+    def argument(self) -> Tree:
+        """What follows a command: braces, or one token, of a number its first digit."""
+        if self.peek() == "{":
+            return self.braced()
+        if (digit := self.peek()) and digit in "0123456789":
+            self.at += 1
+            return ("num", Fraction(int(digit)))
+        return self.atom()
+
+    def atom(self) -> Tree:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.fail("nested too deeply")
+        tree = self.read_atom()
+        self.depth -= 1
+        return tree
+
+    def read_atom(self) -> Tree:
+        character = self.peek()
+        if not character:
+            raise self.fail("the end came too early")
+        if character in "0123456789.":
+            return self.number()
+        if character == "\\":
+            return self.read_command()
+        if character in "([⟨":
+            return self.bracketed()
+        if character == "{":
+            return self.braced()
+        if character == LEFT_SET:
+            return self.set()
+        if character in "|⌊⌈":
+            return self.bars(character)
+        if character in _CURRENCIES:
+            self.at += 1
+            sign = self.take("-")
+            tree = self.atom()
+            return ("unit", ("neg", tree) if sign else tree, _CURRENCIES[character])
+        if character == "∞":
+            self.at += 1
+            return ("sym", "∞")
+        if character.isascii() and character.isalpha():
+            self.at += 1
+            return self.symbol(character)
+        raise self.fail(f"unexpected {character!r}")
+
+    def number(self) -> Tree:
+        pattern = _NUMBER if self.thousands and not self.in_brackets else _PLAIN_NUMBER
+        match = pattern.match(self.text, self.at)
+        if match is None or len(match.group()) > MAX_DIGITS:
+            raise self.fail("no number, or too long a one")
+        self.at = match.end()
+        whole, point, decimals = match.group().replace(",", "").partition(".")
+        value = Fraction(int((whole or "0") + decimals), 10 ** len(decimals))
+        if self.text.startswith("\\overline{", self.at) and point:  # 0.\overline{3}: a repeating decimal, exactly
+            end = self.text.index("}", self.at)
+            period = self.text[self.at + 10 : end]
+            self.at = end + 1
+            value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(decimals))
+        return ("num", value)
+
+    def symbol(self, name: str) -> Tree:
+        if self.take("_"):
+            name += "_" + _subscript(self.subscript())
+        while self.text[self.at : self.at + 1] == "'":
+            self.at += 1
+            name += "'"
+        return ("sym", name)
+
+    def subscript(self) -> str:
+        if self.peek() == "{":
+            end = self.text.find("}", self.at)
+            if end < 0:
+                raise self.fail("open subscript")
+            found = self.text[self.at + 1 : end]
+            self.at = end + 1
+            return found
+        found = self.command()
+        found = f"\\{found}" if found else self.peek()
+        self.at += len(found)
+        return found
+
+    def base_digits(self) -> str:
+        base = _subscript(self.subscript())
+        if not base:
+            raise self.fail("an empty base")
+        return base
+
+    def bracketed(self) -> Tree:
+        opening = self.take("([⟨")
+        self.in_brackets += 1
+        outer, self.in_bars = self.in_bars, 0
+        tree = self.items(")]⟩")
+        self.in_brackets -= 1
+        self.in_bars = outer
+        closing = self.take(")]⟩")
+        brackets = (opening + closing).replace("⟨", "(").replace("⟩", ")")
+        if not closing or (tree[0] != "list" and brackets not in ("()", "[]")):
+            raise self.fail("brackets that do not match")
+        return ("group", brackets, *tree[1:]) if tree[0] == "list" else tree
+
+    def set(self) -> Tree:
+        self.expect(LEFT_SET)
+        if self.take(RIGHT_SET):
+            return ("set",)
+        self.in_brackets += 1
+        self.in_bars += 1  # the bar of a set builder is no absolute value
+        tree = self.items("|:" + RIGHT_SET)
+        if self.take("|:"):
+            tree = self.items(RIGHT_SET)
+            self.expect(RIGHT_SET)
+        else:
+            self.expect(RIGHT_SET)
+            tree = ("set", *tree[1:]) if tree[0] == "list" else ("set", tree)
+        self.in_brackets -= 1
+        self.in_bars -= 1
+        return tree
+
+    def bars(self, opening: str) -> Tree:
+        self.at += 1
+        closing, name = {"|": ("|", "abs"), "⌊": ("⌋", "floor"), "⌈": ("⌉", "ceil")}[opening]
+        self.in_bars += 1
+        tree = self.sum()
+        self.in_bars -= 1
+        self.expect(closing)
+        return ("call", name, tree)
+
+    # -- commands
+
+    def read_command(self) -> Tree:
+        name = self.command()
+        if not name:
+            raise self.fail("a stray backslash")
+        self.at += 1 + len(name)
+        if name == "pi" or name in GREEK:
+            return ("sym", "pi") if name == "pi" else self.symbol("\\" + name)
+        if name == "frac":
+            top = self.argument()
+            return ("div", top, self.argument())
+        if name == "binom":
+            top = self.argument()
+            return ("call", "binom", top, self.argument())
+        if name == "sqrt":
+            return self.root()
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name == "begin":
+            return self.matrix()
+        if name == "text":
+            self.at -= 5
+            return ("text", self.words())
+        raise self.fail(f"unknown command \\{name}", foreign=True)
+
+    def root(self) -> Tree:
+        index = None
+        if self.peek() == "[":
+            self.at += 1
+            index = self.sum()
+            self.expect("]")
+        tree = self.argument()
+        return ("call", "sqrt", tree) if index is None else ("call", "root", tree, index)
+
+    def function(self, name: str) -> Tree:
+        base = power = None
+        if self.take("_"):
+            base = self.argument()
+        if self.take("^"):
+            power = self.exponent()
+        if self.peek() == "(" or self.peek() == "{":
+            inner = self.atom()
+            if inner[0] == "group":
+                return ("call", name, *inner[2:])
+            if self.peek() == "^" or self.peek() == "°":
+                inner = ("pow", inner, self.exponent()) if self.take("^") else ("deg", inner) if self.take("°") else inner
+        else:
+            inner = self.product(argument=True)
+        if name == "log" and base is not None:
+            tree: Tree = ("call", "log", inner, base)
+        else:
+            tree = ("call", name, inner)
+        if power == ("neg", ("num", Fraction(1))) and name in ("sin", "cos", "tan", "cot"):
+            return ("call", "arc" + name, inner)
+        return tree if power is None else ("pow", tree, power)
+
+    def matrix(self) -> Tree:
+        match = re.compile(r"\s*\{\s*([a-zA-Z]*)\*?\s*\}\s*(?:\{[lcr| ]*\})?").match(self.text, self.at)
+        kind = match[1] if match else ""
+        if kind not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array"):
+            raise self.fail(f"unknown environment {kind!r}", foreign=True)
+        assert match is not None
+        self.at = match.end()
+        rows, row = [], []
+        self.in_brackets += 1
+        while True:
+            if self.command() == "end":
+                break
+            if self.take(BREAK):
+                rows.append(tuple(row))
+                row = []
+                continue
+            row.append(self.relation())
+            self.take("&")
+        self.in_brackets -= 1
+        self.at = self.text.find("}", self.at) + 1 or len(self.text)
+        if row:
+            rows.append(tuple(row))
+        return ("matrix", "v" if kind[0] in "vV" else "p", *rows)
+
+
+_BASED = re.compile(r"(-?)\s*0*([0-9A-Z]*(?:\.[0-9A-Z]+)?)\s*_\s*(?:\{\s*(?:\\text\{)?\s*([0-9]{1,2}|[a-z]+)\s*\}?\s*\}|([0-9]{1,2}))")
+_NUMBER_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True)) | {"sixteen": 16}
+
+
+def _subscript(text: str) -> str:
+    """What a subscript says, without braces, spaces and the name of the command it is set in."""
+    return re.sub(r"\\text|[\s{}]", "", text)
+
+
+def read_based(text: str) -> Tree | None:
+    """``101_2``, ``3A_{12}``: digits with their base, else None. In base ten it is a number."""
+    match = _BASED.fullmatch(text.replace(" ", "")) if len(text) < 200 else None
+    if match is None or not (match[2] or match[0].lstrip("-").startswith("0")):
+        return None
+    name = match[3] or match[4]
+    base = _NUMBER_WORDS.get(name, name)
+    digits = match[2].rstrip("0").rstrip(".") if "." in match[2] else match[2]
+    digits = (digits or "0") if not digits.startswith(".") else "0" + digits
+    if str(base) == "10" and re.fullmatch(r"[0-9.]+", digits):
+        return ("num", Fraction(match[1] + digits))
+    return ("based", match[1] + digits, str(base))
+
+
+def read(text: str, thousands: bool = True) -> Tree:
+    """The tree of a cleaned answer. Raises :class:`Unreadable`."""
+    based = read_based(text)
+    if based is not None:
+        return based
+    return Reader(text, thousands).answer()
