@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from openrl_reason.errors import DataError, MissingDependencyError, did_you_mean
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -36,7 +36,8 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, spli
 
 
 def iter_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, split: str = "train") -> Iterator[Row]:
-    """Rows one by one. ``path``: a .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name ``org/name[:config]``.
+    """Rows one by one. ``path``: a .jsonl, .json, .txt (JSON lines), .csv or .parquet file, a folder saved by datasets, or a hub name
+    ``org/name[:config]``.
 
     ``columns`` must be present in every row; ``split`` applies to the hub and to saved folders. A .json file may hold a list of objects
     or one object a line. Raises DataError for a missing or malformed file or column, with the line and the nearest existing name."""
@@ -60,7 +61,7 @@ def _rows(path: str, split: str) -> Iterator[Row]:
         raise DataError(f"there is no file {path}{did_you_mean(file.name, siblings)}")
     if file.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    if file.suffix in (".jsonl", ".ndjson"):
+    if file.suffix in (".jsonl", ".ndjson", ".txt"):  # LogiQA 2.0 and its like: one JSON object a line in a .txt file
         return _read_json_lines(file)
     if file.suffix == ".json":
         return _read_json(file)

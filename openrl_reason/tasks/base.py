@@ -6,65 +6,35 @@ solution are concatenated, never tokenised together, so what a model is trained 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrl_reason.core.seeds import content_id
 from openrl_reason.errors import ConfigError, DataError, OpenRLError, did_you_mean
+from openrl_reason.tasks.config import TaskConfig
+from openrl_reason.tasks.few_shot import FewShot
 from openrl_reason.tasks.graders import GradeResult, check_kind
+from openrl_reason.tasks.prompts import SHOT_SEPARATOR, PromptStyle, render_chat, resolve_style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Which task, where its data lies, and how its prompts are written."""
-
-    name: str = "arithmetic"
-    """arithmetic (generated), gsm8k, file (your own prompts and answers, see input_key), or path/to/file.py:ClassName."""
-    train_path: str = ""
-    """Training data: a local .jsonl, .json, .csv or .parquet file, or a hub name. Empty: the task's own (gsm8k: the hub's openai/gsm8k)."""
-    test_path: str = ""
-    """Held-out data, as train_path."""
-    levels: tuple[int, ...] = (1, 2)
-    """arithmetic: difficulty levels, 1 to 5, mixed in equal parts."""
-    styles: tuple[str, ...] = ("expression",)
-    """arithmetic: some of expression, word and columns (addition of two numbers of level + 1 digits, column by column)."""
-    direct_share: float = 0.0
-    """arithmetic: share of the reference solutions that are the bare answer, without steps. A model fine-tuned on both kinds does not know
-    that working a problem out pays; reinforcement learning finds out."""
-    num_train: int = 0
-    """Number of training items, at most: the first ones. 0: all there are; of generated ones a few thousand."""
-    num_test: int = 0
-    """Number of held-out items; as num_train."""
-    seed: int = 0
-    """Seed of the generator. Train and test are disjoint whatever the seeds."""
-    prompt_template: str = ""
-    """How a question becomes a prompt; {question} is replaced. Empty: the task's own."""
-    apply_chat_template: bool = False
-    """Send the question as a user message through the tokenizer's chat template."""
-    system_prompt: str = ""
-    """With apply_chat_template: the system message. Empty: none."""
-    input_key: str = "question"
-    """file: the column of the prompt (a string, or a list of chat messages)."""
-    label_key: str = "answer"
-    """file: the column of the gold answer."""
-    solution_key: str = ""
-    """file: the column of a reference solution, for SFT. Empty: none."""
-    grader: str = ""
-    """How answers are graded: arithmetic, gsm8k (strict ####), gsm8k_lenient (last number), module:function or path.py:function."""
-    strip_calculations: bool = True
-    """gsm8k: remove the <<calc>> spans from the reference solutions."""
-    allow_test_data_in_training: bool = False
-    """Switch off the guard that refuses training data which contains held-out questions."""
+_TASKS = {
+    "arithmetic": "arithmetic:ArithmeticTask",
+    "gsm8k": "gsm8k:GSM8KTask",
+    "math": "math_task:MATHTask",
+    "logiqa2": "multiple_choice:LogiQA2Task",
+    "reclor": "multiple_choice:ReClorTask",
+    "multiple_choice": "multiple_choice:MultipleChoiceTask",
+    "file": "from_file:FileTask",
+}
 
 
 @dataclass(frozen=True)
@@ -121,25 +91,40 @@ class Task:
     """How :func:`openrl_reason.core.steps.split_steps` cuts a solution into steps."""
     default_prompt_template = "{question}\n"
     default_chat_prompt = "{question}"
+    prompt_styles: Mapping[str, PromptStyle] = {}
+    """The published prompts that ``--task.prompt_style`` may name."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
-        if config.grader:
-            self.grade_kind = config.grader
+        default = self.default_chat_prompt if config.apply_chat_template else self.default_prompt_template
+        self.style = resolve_style(config, self.prompt_styles, PromptStyle(default), self.name)
+        self.step_kind = self.style.step_kind or self.step_kind
+        self.grade_kind = config.grader or self.style.grader or self.grade_kind
         try:
             check_kind(self.grade_kind)
         except ValueError as error:
             raise ConfigError(f"--task.grader: {error}") from None
-        default = self.default_chat_prompt if config.apply_chat_template else self.default_prompt_template
-        self.prompt_template = config.prompt_template or default
-        if "{question}" not in self.prompt_template:
-            raise ConfigError(f"prompt_template={config.prompt_template!r} must contain {{question}}")
-        if config.system_prompt and not config.apply_chat_template:
-            raise ConfigError("system_prompt is set, but apply_chat_template is false; set --task.apply_chat_template true")
-        for flag, value in (("num_train", config.num_train), ("num_test", config.num_test)):
+        for flag, value in (("num_train", config.num_train), ("num_test", config.num_test), ("num_few_shot", config.num_few_shot)):
             if value < 0:
                 raise ConfigError(f"{flag}={value} must not be negative")
         self._splits: dict[str, list[TaskItem]] = {}
+        self._few_shot: FewShot | None = None
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return self.style.chat
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Stop strings that sampling needs with these prompts: the style's, and after plain few-shot examples the head of a next question."""
+        head = self.question_head()
+        more = (SHOT_SEPARATOR + head,) if self.config.num_few_shot and not self.chat and head else ()
+        return (*self.style.stop, *more)
+
+    def question_head(self) -> str:
+        """What every plain question begins with, if anything: a model that goes on writes it."""
+        return self.style.template.partition("{question}")[0].rstrip()
 
     def load_split(self, split: str) -> list[TaskItem]:
         """Make or read the items of "train" or "test"."""
@@ -178,33 +163,68 @@ class Task:
         fixed = prompt if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
         return TaskItem(content_id(self.name, repr(fixed), gold), fixed, gold, solution, info or {})
 
+    def few_shot_examples(self, item: TaskItem) -> list[TaskItem]:
+        """The ``num_few_shot`` solved training items that stand before this one. Raises DataError if there are too few."""
+        if not self.config.num_few_shot:
+            return []
+        if self._few_shot is None:
+            self._few_shot = FewShot(self.items("train"), self.config.num_few_shot, self.config.seed, self.name)
+        return self._few_shot.examples_for(item)
+
+    def fill(self, item: TaskItem) -> str:
+        """The style's template with the item's question in it."""
+        assert isinstance(item.prompt, str)
+        return self.style.template.replace("{question}", item.prompt)
+
     def messages(self, item: TaskItem) -> list[dict[str, str]]:
-        """The item as chat messages, with the configured system prompt first."""
-        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        if isinstance(item.prompt, str):
-            return [*system, {"role": "user", "content": self.prompt_template.replace("{question}", item.prompt)}]
-        return [*system, *item.prompt]
+        """The item as chat messages: the configured system prompt, the few-shot examples as turns, the question."""
+        system = [{"role": "system", "content": self.style.system}] if self.style.system else []
+        turns = []
+        for example in self.few_shot_examples(item):
+            asked = [message for message in self._user_messages(example) if message["role"] != "system"]
+            turns += [*asked, {"role": "assistant", "content": str(example.solution)}]
+        own = self._user_messages(item)
+        first = [own.pop(0)] if turns and own[0]["role"] == "system" else []  # a system message stands before the examples
+        return [*system, *first, *turns, *own]
+
+    def _user_messages(self, item: TaskItem) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.fill(item)}] if isinstance(item.prompt, str) else list(item.prompt)
+
+    def _plain_pieces(self, item: TaskItem) -> list[str]:
+        """A plain prompt in the pieces that are tokenised apart, so that the boundaries look as they will where the model answers."""
+        pieces = []
+        for example in self.few_shot_examples(item):
+            pieces += [self.fill(example), self.style.glue + str(example.solution), SHOT_SEPARATOR]
+        pieces.append(self.fill(item))
+        return [self.style.instruction + pieces[0], *pieces[1:]]
 
     def prompt_text(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """The text of the prompt as the model gets it; the tokenizer is needed when a chat template is asked for.
 
         Raises ConfigError when it has none, or when the item is a list of messages and apply_chat_template is off."""
-        if self.config.apply_chat_template and tokenizer is not None:
+        if self.chat and tokenizer is not None:
             return render_chat(self.messages(item), tokenizer)
-        if isinstance(item.prompt, str):
-            return self.prompt_template.replace("{question}", item.prompt)
-        if self.config.apply_chat_template:
+        if self.chat:
             return "\n".join(message["content"] for message in self.messages(item))
+        if isinstance(item.prompt, str):
+            return "".join(self._plain_pieces(item))
         raise ConfigError(f"task {self.name}: prompts are chat messages; set --task.apply_chat_template true")
 
     def encode_prompt(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the prompt. BOS is added as the tokenizer does, except after a chat template, which holds its own."""
-        text = self.prompt_text(item, tokenizer)
-        ids = list(tokenizer(text, add_special_tokens=not self.config.apply_chat_template)["input_ids"])
+        """Token ids of the prompt. BOS is added as the tokenizer does, except after a chat template, which holds its own.
+
+        Few-shot examples of plain prompts are tokenised apart: the ids end with those of the question alone, whatever stands before it."""
+        if self.chat:
+            ids = list(tokenizer(self.prompt_text(item, tokenizer), add_special_tokens=False)["input_ids"])
+        else:
+            self.prompt_text(item)  # refuses chat messages
+            ids = []
+            for number, piece in enumerate(self._plain_pieces(item)):
+                ids += tokenizer(piece, add_special_tokens=number == 0)["input_ids"]
+                if number == 0 and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+                    ids.pop()  # some tokenizers close every text; a prompt is not closed
         if not ids:
             raise DataError(f"task {self.name}: item {item.task_id} has an empty prompt")
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not self.config.apply_chat_template:
-            ids.pop()  # some tokenizers close every text; a prompt is not closed
         return ids
 
     def encode_solution(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -213,7 +233,7 @@ class Task:
             raise DataError(f"task {self.name}: item {item.task_id} has no reference solution to train on")
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no EOS token, so no solution could ever end; set eos_token in its tokenizer_config.json")
-        return [*tokenizer(item.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return [*tokenizer(self.style.glue + item.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
     def encode_prompts(self, items: Sequence[TaskItem], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> EncodedPrompts:
         """Encode many prompts; those longer than ``max_prompt_tokens`` are left out and counted. Raises DataError if none is left."""
@@ -265,40 +285,15 @@ def select_items(items: Sequence[TaskItem], ids: Sequence[str]) -> list[TaskItem
     return list(chosen.values())
 
 
-def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = True) -> str:
-    """Chat messages as text by the tokenizer's template. Raises ConfigError if it has none, DataError if it refuses the messages."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "apply_chat_template=true, but the tokenizer has no chat template; set --task.apply_chat_template false, "
-            "use an instruction-tuned model, or put a chat_template.jinja into the model's folder"
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses these messages ({error}): {str(list(messages))[:200]}") from None
-
-
 def load_task(config: TaskConfig) -> Task:
     """The task that ``config.name`` stands for. Raises ConfigError for an unknown name or a file without such a class."""
-    if config.name == "arithmetic":
-        from openrl_reason.tasks.arithmetic import ArithmeticTask
-
-        return ArithmeticTask(config)
-    if config.name == "gsm8k":
-        from openrl_reason.tasks.gsm8k import GSM8KTask
-
-        return GSM8KTask(config)
-    if config.name == "file":
-        from openrl_reason.tasks.from_file import FileTask
-
-        return FileTask(config)
+    if config.name in _TASKS:
+        module, _, class_name = _TASKS[config.name].partition(":")
+        return vars(importlib.import_module(f"openrl_reason.tasks.{module}"))[class_name](config)
     if ":" in config.name:
         return _load_user_task(config)
-    names = ("arithmetic", "gsm8k", "file")
-    hint = did_you_mean(config.name, names)
-    raise ConfigError(f"task {config.name!r} is unknown; use {', '.join(names)} or path/to/file.py:ClassName{hint}")
+    hint = did_you_mean(config.name, _TASKS)
+    raise ConfigError(f"task {config.name!r} is unknown; use {', '.join(_TASKS)} or path/to/file.py:ClassName{hint}")
 
 
 def _load_user_task(config: TaskConfig) -> Task:

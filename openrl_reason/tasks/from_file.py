@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from openrl_reason.data.readers import Row, read_rows
+from openrl_reason.data.readers import Row
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.tasks.base import Task, TaskConfig, TaskItem
-from openrl_reason.tasks.graders import canonical_number
+from openrl_reason.tasks.base import TaskConfig, TaskItem
+from openrl_reason.tasks.grade_extract import after_mark, last_boxed
+from openrl_reason.tasks.graders import canonical_number, check_gold
+from openrl_reason.tasks.prompts import DEEPSEEK_MATH, VINEPPO
+from openrl_reason.tasks.rows import RowTask, own_id
 
-NUMBER_GRADERS = ("arithmetic", "gsm8k", "gsm8k_lenient")
+NUMBER_GRADERS = ("arithmetic", "gsm8k", "gsm8k_lenient", "gsm8k_parity")
+MATH_GRADERS = ("math", "math_lenient", "math_parity")
 
 
 def checked_gold(where: str, value: Any, kind: str) -> str:
-    """A gold answer as text. For the number graders it is what follows a ``####``, if there is one, and must be a number (DataError)."""
+    """A gold answer as text, or DataError. For the number graders it is what follows a ``####``, if there is one, and must be a number; for the
+    math graders what stands in the last box or after a ``####``."""
     if value is None or isinstance(value, (dict, list)):
         raise DataError(f"{where}: the gold answer is {value!r}; expected text or a number")
     gold = str(value)
@@ -23,29 +28,36 @@ def checked_gold(where: str, value: Any, kind: str) -> str:
         if number is None:
             raise DataError(f"{where}: the gold answer {gold[:80]!r} is not a number, which grader {kind!r} needs; see --task.grader")
         return number
+    if kind in MATH_GRADERS:
+        gold = last_boxed(gold) or after_mark(gold) or gold
+    try:
+        check_gold(kind, gold)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; grader {kind!r} needs another (see --task.grader)") from None
     return gold
 
 
-class FileTask(Task):
+class FileTask(RowTask):
     """Prompts, gold answers and (for SFT) solutions from named columns. Prompts may be chat messages."""
 
     name = "file"
     default_prompt_template = "{question}"
+    prompt_styles = {"deepseek_math": DEEPSEEK_MATH, "vineppo": VINEPPO}
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
         if not config.train_path and not config.test_path:
             raise ConfigError("task file: set --task.train_path, --task.test_path or both")
 
-    def load_split(self, split: str) -> list[TaskItem]:
-        path = self.config.train_path if split == "train" else self.config.test_path
-        if not path:
-            raise ConfigError(f"task file: there is no {split} data; set --task.{split}_path")
-        keys = [self.config.input_key, self.config.label_key, *([self.config.solution_key] if self.config.solution_key else [])]
-        limit = self.config.num_train if split == "train" else self.config.num_test
-        return [self._item(row) for row in read_rows(path, keys, split=split, limit=limit)]
+    def columns(self) -> tuple[str, ...]:
+        config = self.config
+        return tuple(name for name in (config.input_key, config.label_key, config.solution_key, config.id_key) if name)
 
-    def _item(self, row: Row) -> TaskItem:
+    def question_of(self, row: Row) -> str:
+        prompt = row.values[self.config.input_key]
+        return prompt if isinstance(prompt, str) else "\n".join(str(entry["content"]) for entry in prompt if entry["role"] != "system")
+
+    def item_of(self, row: Row) -> TaskItem:
         prompt = row.values[self.config.input_key]
         messages = isinstance(prompt, list) and all(isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in prompt)
         if not (isinstance(prompt, str) and prompt.strip()) and not (messages and prompt):
@@ -54,4 +66,4 @@ class FileTask(Task):
         if solution is not None and not isinstance(solution, str):
             raise DataError(f"{row.where}: column {self.config.solution_key!r} holds {str(solution)[:80]!r}; expected text")
         gold = checked_gold(row.where, row.values[self.config.label_key], self.grade_kind)
-        return self.make_item(prompt, gold=gold, solution=solution, info={"source": row.where})
+        return self.make_item(prompt, gold=gold, solution=solution, info=own_id(row, self.config.id_key))

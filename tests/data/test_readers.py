@@ -72,7 +72,8 @@ def test_locations_count_lines_as_an_editor_does(tmp_path):
         ("a.csv", b"q,a\n", "has no rows"),
         ("a.csv", b'q,a\n"1,2\n', "malformed CSV"),
         ("a.parquet", b"PAR1 not really", "malformed Parquet"),
-        ("a.txt", b"hello", r"files of type \.txt are not read"),
+        ("a.md", b"hello", r"files of type \.md are not read"),
+        ("a.txt", b"hello", r"a\.txt:1: malformed JSON"),
     ],
 )
 def test_bad_files_are_refused_with_the_place(tmp_path, name, content, match):

@@ -7,7 +7,8 @@ import pytest
 
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.tasks import GraderPool, TaskConfig, load_task
-from openrl_reason.tasks.gsm8k import published_test_hashes, question_hash, strip_calculations
+from openrl_reason.tasks.gsm8k import published_test_hashes, strip_calculations
+from openrl_reason.tasks.leakage import question_hash
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/gsm8k"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real GSM8K files are not at {DATA}")

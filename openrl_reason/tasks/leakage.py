@@ -1,0 +1,107 @@
+"""The leakage guard: training questions must not be held-out questions, in other spelling either.
+
+Questions are compared by a 6-byte hash of their words, numbers and operators, so that case, spacing, punctuation and LaTeX layout do not hide
+a copy, while ``3+4`` and ``3-4`` stay two questions. Of the published test splits of GSM8K and MATH the hashes are shipped, so that
+the guard holds without those files; no text can be read back from them. To make such a file again:
+
+    python -m openrl_reason.tasks.leakage test.jsonl problem > hashes.py
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import sys
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from openrl_reason.errors import DataError
+
+if TYPE_CHECKING:
+    from openrl_reason.tasks.base import TaskItem
+
+HASH_BYTES = 6
+_TOKEN = re.compile(r"[^\W_]+|[-+/^=<>]")
+_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
+_LATEX_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\(?=[dt]frac)[dt](?=frac)")
+
+# Four problems of MATH's published test split stand in its published training split too, differing in spacing or punctuation only. The guard
+# lets these through: it would refuse the published training data otherwise.
+_TWINS = ("2abc2eab2999", "535b423f73e1", "a2b03ad602d6", "a9b943d069e5")
+PUBLISHED_TWINS = frozenset(bytes.fromhex(digits) for digits in _TWINS)
+
+
+def normalised(question: str) -> str:
+    """The words, numbers and operators of a question, in lower case, one blank apart."""
+    if not question.isascii():
+        question = unicodedata.normalize("NFKC", question).replace("\u2212", "-").replace("\u2013", "-")
+    question = question.casefold()
+    if "\\" in question:
+        question = _LATEX_LAYOUT.sub(" ", question)
+    if "-" in question:
+        question = _HYPHEN.sub(" ", question)
+    return " ".join(_TOKEN.findall(question))
+
+
+def question_hash(question: str) -> bytes:
+    """The hash by which two questions are the same."""
+    return hashlib.blake2b(normalised(question).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
+
+
+def choice_key(context: str, question: str, options: Iterable[str]) -> str:
+    """What identifies a multiple-choice question in whatever order its options stand."""
+    return "\n".join([context, question, *sorted(options)])
+
+
+def item_hash(item: TaskItem) -> bytes:
+    """:func:`question_hash` of an item: of the prompt, of a chat's messages except the system's, or of a multiple-choice question."""
+    if {"question", "options"} <= item.info.keys():
+        return question_hash(choice_key(str(item.info.get("context", "")), str(item.info["question"]), map(str, item.info["options"])))
+    if isinstance(item.prompt, str):
+        return question_hash(item.prompt)
+    return question_hash("\n".join(str(message["content"]) for message in item.prompt if message["role"] != "system"))
+
+
+def overlap(train_items: Iterable[TaskItem], test_items: Iterable[TaskItem]) -> list[TaskItem]:
+    """The training items whose question is also a test item's, in order. (Not the twins that the published splits share.)"""
+    held_out = {item_hash(item) for item in test_items} - PUBLISHED_TWINS
+    return [item for item in train_items if item_hash(item) in held_out]
+
+
+def refuse_overlap(questions: Sequence[tuple[str, str]], held_out: Collection[bytes], source: str) -> None:
+    """Raise DataError if one of the training ``questions``, pairs of (where, text), is among the ``held_out`` hashes."""
+    leaked = [where for where, question in questions if (found := question_hash(question)) in held_out and found not in PUBLISHED_TWINS]
+    if leaked:
+        raise DataError(
+            f"{len(leaked)} of the {len(questions)} training questions in {source} are held-out test questions (first: {leaked[0]}). Train "
+            "on the training split, or pass --task.allow_test_data_in_training true if this is meant"
+        )
+
+
+def unpack(packed: str) -> frozenset[bytes]:
+    """The hashes in a shipped string."""
+    joined = base64.b85decode(packed)
+    return frozenset(joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES))
+
+
+def packed_lines(questions: Iterable[str], width: int = 140) -> list[str]:
+    """The hashes of the questions, sorted and joined, in base85, as the lines of a Python file."""
+    joined = base64.b85encode(b"".join(sorted({question_hash(question) for question in questions}))).decode()
+    return [f'    "{joined[start : start + width]}"' for start in range(0, len(joined), width)]
+
+
+def main(path: str, column: str) -> None:
+    """Print the file of hashes of a published test split."""
+    from openrl_reason.data.readers import read_rows
+
+    lines = packed_lines(str(row.values[column]) for row in read_rows(path, (column,), split="test"))
+    about = "Fingerprints of the questions of a published test split, made by openrl_reason/tasks/leakage.py. No text can be read back from them."
+    print(f'"""{about}"""\n\nPACKED = (')
+    print("\n".join(lines))
+    print(")")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
