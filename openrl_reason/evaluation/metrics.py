@@ -133,11 +133,11 @@ def summary(samples: GradedSamples, ks: Sequence[int], config: IntervalConfig, p
         "response_length_median": float(np.median(samples.lengths)),
         "truncated_rate": float(samples.truncated.mean()),
         "no_answer_rate": counts["no_answer"] / total,
-        "ungraded_rate": sum(failed.values()) / total,
+        "ungraded_rate": float(np.isnan(samples.scores).mean()),
     }
     if samples.scores.shape[1] > 1:
         metrics["distinct_answers"] = distinct_answers(samples)
-    if failed:
+    if np.isnan(samples.scores).any():
         bound = failures_as_wrong(samples)
         metrics |= {f"{name}_failures_as_wrong": _mean(item_values(bound, name)) for name in found if not name.startswith("maj")}
         metrics |= {f"{status}_count": float(count) for status, count in sorted(failed.items())}
