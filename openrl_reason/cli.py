@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 inte
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,16 @@ def _evaluate(argv: Sequence[str], prog: str) -> None:
     evaluate_model(parse_config(EvaluateConfig, argv, prog=prog))
 
 
+def _compare(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.evaluation.compare import CompareConfig, compare_files
+
+    files = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    if len(files) > 2:
+        raise ConfigError(f"{prog} compares two result files, not {len(files)}: {' '.join(files)}")
+    named = [word for flag, file in zip(("--first", "--second"), files, strict=False) for word in (flag, file)]
+    compare_files(parse_config(CompareConfig, [*named, *argv[len(files) :]], prog=prog))
+
+
 def _export(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.models.export_checkpoint import ExportConfig, export_checkpoint
 
@@ -57,7 +68,8 @@ COMMANDS = {
     "make-model": Command(_make_model, "write a small model made on the spot (or SmolLM2-135M-Instruct) as a Hugging Face folder"),
     "sft": Command(_sft, "supervised fine-tuning on solutions"),
     "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy"),
-    "evaluate": Command(_evaluate, "accuracy of a model on held-out items"),
+    "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals"),
+    "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
 }
 
