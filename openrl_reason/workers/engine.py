@@ -20,6 +20,7 @@ from typing import Any
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.workers.network import node_address
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
 from openrl_reason.workers.weight_sync import Manifest, SharedMemorySender, host_identity, received_tensors
 
@@ -231,6 +232,7 @@ class EngineActor:
 
     def start(self, config: RolloutConfig, model_path: str, version: int, seed: int) -> None:
         """Makes the engine. Not in ``__init__``, so that what goes wrong arrives as itself and not as a dead actor."""
+        node_address()  # in a private cluster the engine keeps to the loopback interface, too
         self._engine = RolloutEngine(config, model_path, version=version, seed=seed)
 
     def describe(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from openrl_reason.core.batch import TokenBatch, unsplit_tokens
 from openrl_reason.core.partition import plan_micro_batches
 from openrl_reason.errors import OpenRLError, WorkerError
 from openrl_reason.workers.model_config import ModelConfig
+from openrl_reason.workers.network import listening_store, node_address
 
 if TYPE_CHECKING:
     from openrl_reason.workers.model_worker import LossFunction
@@ -47,12 +48,9 @@ class _ModelActor:
     store: Any = None
 
     def describe(self, rank: int) -> dict[str, Any]:
-        import ray
-        import torch
-
-        address, port = ray.util.get_node_ip_address(), 0
+        address, port = node_address(), 0
         if rank == 0:  # the meeting place of all ranks; it listens from now on, so nobody can take its port
-            self.store = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            self.store = listening_store(address)
             port = self.store.port
         # Ray redirects a worker's stderr to its log, so the link is the log's path.
         return {"pid": os.getpid(), "address": address, "port": port, "log": os.readlink("/proc/self/fd/2")}

@@ -17,6 +17,7 @@ from typing import Any
 
 from openrl_reason.environment import device_kind, runtime_variables
 from openrl_reason.errors import ConfigError
+from openrl_reason.workers.network import loopback_cluster, write_token_file
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,16 @@ class Placement:
             )
         if self.gpu and device_kind() == "cpu":
             raise ConfigError("--placement.device is 'gpu', but this machine has none: use cpu, or join a cluster with --placement.address")
-        ray.init(
-            address="local",
-            num_cpus=max(need, cores),
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            log_to_driver=False,
-            logging_level="error",
-        )
+        write_token_file()
+        with loopback_cluster():
+            ray.init(
+                address="local",
+                num_cpus=max(need, cores),
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level="error",
+            )
 
     def actor_options(self, role: str, index: int) -> dict[str, Any]:
         """Options for ``ActorClass.options(...)`` that put actor ``index`` of ``role`` on its seat."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from openrl_reason.errors import WorkerError
+from openrl_reason.workers.network import listening_store, node_address
 from openrl_reason.workers.weight_sync import Manifest, NamedTensors, PackedTensor, bucket_view, pack_buckets, verify_checksum
 
 _groups: dict[tuple[str, int], Any] = {}
@@ -40,11 +41,9 @@ class BroadcastSender:
     """
 
     def __init__(self, backend: str, dtype: str, checksum: bool, num_receivers: int, timeout_s: float) -> None:
-        import torch.distributed as dist
-
         self.backend, self.dtype, self.checksum = backend, dtype, checksum
         address = _own_address()
-        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        self._store = listening_store(address)
         self.location = {
             "address": address, "port": self._store.port, "key": os.urandom(8).hex(),
             "world_size": 1 + num_receivers, "timeout_s": timeout_s, "checksum": checksum,
@@ -138,7 +137,11 @@ def _join(backend: str, location: dict[str, Any], rank: int) -> tuple[Any, torch
 
 
 def _own_address() -> str:
-    """The address under which other nodes reach this one (that of the default route; no packet is sent)."""
+    """The address under which the other processes reach this one: that of its Ray node, or else of the default route (no packet is sent)."""
+    import ray
+
+    if ray.is_initialized():
+        return node_address()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -1,0 +1,81 @@
+"""Which interfaces the processes of a run listen on. A private cluster keeps to the loopback interface, and so does all that runs in it.
+
+Ray, torch and gloo listen on every interface unless told otherwise, and Ray runs whatever code reaches it. On a cluster of several nodes they
+have to: there Ray's token authentication and the network's own walls are what protects (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_SINGLE_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+_LOOPBACK_VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+
+
+@contextlib.contextmanager
+def loopback_cluster() -> Iterator[None]:
+    """A Ray cluster started inside listens on the loopback interface only.
+
+    Ray does so where its node's address is the loopback one, and that it is where clusters of several nodes are switched off: by this
+    variable, on Linux too. Its processes inherit the variable; Ray may have read it at import already, hence the constant.
+    """
+    from ray._private import ray_constants
+
+    before = os.environ.get(_SINGLE_NODE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[_SINGLE_NODE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[_SINGLE_NODE]
+        else:
+            os.environ[_SINGLE_NODE] = before[0]
+
+
+def write_token_file() -> None:
+    """Writes Ray's token for private clusters where there is none yet, so that nobody but its owner can read it (Ray leaves that to the umask)."""
+    path = Path.home() / ".ray" / "auth_token"
+    if path.exists() or any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another run was quicker
+        temporary = path.with_name(f"auth_token.{os.getpid()}")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(temporary, path)  # appears whole, and never replaces one that is in use
+        finally:
+            temporary.unlink()
+
+
+def node_address() -> str:
+    """The address of this process's Ray node. Where it is the loopback one, gloo, NCCL and vLLM are told to listen there only."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    if address in ("127.0.0.1", "::1", "localhost"):
+        for name, value in _LOOPBACK_VARIABLES.items():
+            os.environ.setdefault(name, value)
+    return address
+
+
+def listening_store(address: str) -> Any:
+    """A TCPStore that listens on a free port of ``address`` alone; left to itself it would listen on every interface."""
+    import torch
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.bind((address, 0))
+        listener.listen(128)
+        port, descriptor = listener.getsockname()[1], listener.detach()
+    return torch.distributed.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
