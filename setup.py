@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "matplotlib==3.11.2",
     "numpy==2.3.5",
     "peft==0.21.2",
+    "plotly==7.1.0",  # its script is embedded in the pages of `openrl-reason report`
     "psutil==7.2.2",
     "pyarrow==26.0.1",
     "PyYAML==6.0.3",
@@ -56,6 +57,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["openrl_reason", "openrl_reason.*"]),
+    package_data={"openrl_reason.observe": ["report_assets/*"]},
     include_package_data=True,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
