@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 import yaml
 
 from openrl_reason.errors import ConfigError, did_you_mean
+from openrl_reason.observe.redact import redact
 
 Config = TypeVar("Config")
-
-_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
 
 
 def flag_names(config_class: type, prefix: str = "") -> dict[str, type]:
@@ -46,8 +45,19 @@ def _spell_out_switches(argv: Sequence[str], flags: dict[str, type]) -> list[str
     return spelled
 
 
+def _entry_names(kind: Any) -> list[str]:
+    """Names of all fields of the dataclasses that an annotation such as ``tuple[EvalSetConfig, ...]`` holds, and of those inside them."""
+    if not dataclasses.is_dataclass(kind):
+        return [name for argument in typing.get_args(kind) for name in _entry_names(argument)]
+    return [name for field, inner in typing.get_type_hints(kind).items() for name in (field, *_entry_names(inner))]
+
+
 def _explain(message: str, flags: dict[str, type]) -> str:
     """Adds the nearest existing name to jsonargparse's report of an unknown one."""
+    in_entry = re.search(r"Parser key \"([\w.]+)\":.*Option '([\w.]+)' is not accepted", message, re.DOTALL)
+    if in_entry and _entry_names(flags.get(in_entry[1])):
+        near = did_you_mean(in_entry[2], _entry_names(flags[in_entry[1]]))
+        return f"--{in_entry[1]}: unknown setting {in_entry[2]!r} in an entry{near}"
     unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", message)
     if unknown:
         return f"unknown flag --{unknown[1]}{did_you_mean(unknown[1], flags)}; --help lists all flags"
@@ -88,15 +98,16 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A plain, YAML-able dictionary of a config; values of fields named like secrets are replaced by ``***``."""
+    """A plain, YAML-able dictionary of a config, without secrets (see ``observe.redact``)."""
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        plain[field.name] = "***" if value and _SECRET.search(field.name) else value
+            plain[field.name] = to_dict(value)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            plain[field.name] = [to_dict(entry) for entry in value]
+        else:
+            plain[field.name] = redact(value, field.name)
     return plain
 
 

@@ -12,7 +12,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openrl_reason.observe.trackers import Trackers
 
 
 def _json_number(value: Any) -> Any:
@@ -30,14 +33,20 @@ class RunLog:
         total_steps: for the progress bar.
         start_step: first step that will be written; records of it and later ones are removed from existing files.
         headline: metrics shown on the line or bar, in order.
+        trackers: get everything that is recorded, after it has been written here; closed with this log.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, start_step: int = 0, headline: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, total_steps: int, start_step: int = 0, headline: Sequence[str] = (), trackers: Trackers | None = None
+    ) -> None:
         self.folder, self._headline, self._total = folder, tuple(headline), total_steps
         self._metrics = folder / "metrics.jsonl"
         self._rollouts = folder / "rollouts.jsonl"
         for path in (self._metrics, self._rollouts):
             _keep_steps_before(path, start_step)
+        self._trackers = trackers
+        if trackers is not None:
+            trackers.say = self.say
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -46,7 +55,11 @@ class RunLog:
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records step ``step`` (0-based) and shows its headline."""
+        if self._trackers is not None:
+            metrics = {**metrics, **self._trackers.metrics()}
         self._append(self._metrics, [{"step": step, "event": "train", **metrics}])
+        if self._trackers is not None:
+            self._trackers.train(step, metrics)
         parts = {name.split("/", 1)[-1] if name.startswith("train/") else name: metrics[name] for name in self._headline if name in metrics}
         shown = {
             name: f"{_json_number(value):.4g}" if isinstance(_json_number(value), (int, float)) else "-" for name, value in parts.items()
@@ -60,6 +73,8 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records an evaluation made after ``step`` training steps, and shows it."""
         self._append(self._metrics, [{"step": step, "event": "eval", **metrics}])
+        if self._trackers is not None:
+            self._trackers.evaluation(step, metrics)
         numbers = {name: _json_number(value) for name, value in metrics.items() if not name.startswith("timing/")}
         # Rates of what went wrong are shown when something did.
         shown = {name: value for name, value in numbers.items() if value is not None and not (name.endswith("_rate") and value == 0)}
@@ -68,6 +83,8 @@ class RunLog:
     def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends readable rollouts; each record has a ``step``."""
         self._append(self._rollouts, records)
+        if self._trackers is not None:
+            self._trackers.rollouts(records)
 
     def say(self, text: str) -> None:
         """A line for the operator that does not tear the progress bar."""
@@ -77,7 +94,9 @@ class RunLog:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Ends the progress bar and the trackers. May be called twice."""
+        if self._trackers is not None:
+            self._trackers.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
