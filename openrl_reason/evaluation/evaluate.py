@@ -16,16 +16,14 @@ from openrl_reason.algorithms.trainer import PlacementConfig
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require, to_dict
 from openrl_reason.core.seeds import content_id
-from openrl_reason.errors import DataError
 from openrl_reason.evaluation.compare import RESULT_FORMAT, compare_results, print_comparisons, read_result
 from openrl_reason.evaluation.config import EvalSetConfig, check_intervals, check_ks, check_not_repeated
 from openrl_reason.evaluation.identity import model_identity, software_versions
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.evaluation.recording import RecordingPool
-from openrl_reason.evaluation.sets import EvalSet, Evaluator, SetDefaults, SetResult, prepare_sets
+from openrl_reason.evaluation.sets import EvalSet, Evaluator, SetDefaults, SetResult, prepare_sets, refuse_overlap
 from openrl_reason.evaluation.table import print_results
 from openrl_reason.tasks.base import SPLITS, Task, TaskConfig, load_task
-from openrl_reason.tasks.leakage import overlap
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
@@ -121,15 +119,8 @@ def refuse_leaks(sets: Sequence[EvalSet]) -> None:
     """Raises DataError if a task names its training data (``train_path``) and a held-out set of it has a question in common with that."""
     for one in sets:
         config = one.task.config
-        if one.split != "test" or not config.train_path or config.allow_test_data_in_training:
-            continue
-        leaked = overlap(one.task.items("train"), one.items)
-        if leaked:
-            raise DataError(
-                f"evaluation set {one.name!r}: {len(leaked)} questions of the training data {config.train_path} are among its"
-                f" {len(one.items)} items (first: {leaked[0].task_id}): its accuracy would flatter a model trained on them. Take them out of the"
-                " training data, or pass --task.allow_test_data_in_training true if this is meant"
-            )
+        if one.split == "test" and config.train_path and not config.allow_test_data_in_training:
+            refuse_overlap(one.task.items("train"), [one], config.train_path)
 
 
 def describe(one: EvalSet) -> str:

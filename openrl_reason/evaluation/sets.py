@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from openrl_reason.evaluation.metrics import GRADED, GradedSamples, as_json, est
 from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
 from openrl_reason.tasks.base import Task, TaskItem, load_task, select_items
 from openrl_reason.tasks.graders import GradeResult, check_kind
+from openrl_reason.tasks.leakage import overlap
 from openrl_reason.workers.rollout_config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -94,6 +95,19 @@ def training_sets(config: EvalConfig, *, task: Task, tokenizer: Any, sampling: S
     return prepare_sets(config.sets, default_task=task, tokenizer=tokenizer, defaults=defaults, max_model_len=max_model_len)
 
 
+def refuse_overlap(train_items: Iterable[TaskItem], sets: Sequence[EvalSet], source: str) -> None:
+    """Raises DataError if a question of the training data ``source`` is among the items of a held-out set, compared by normalised hash."""
+    train_items = list(train_items)
+    for one in sets:
+        leaked = overlap(train_items, one.items) if one.split == "test" else []
+        if leaked:
+            raise DataError(
+                f"evaluation set {one.name!r}: {len(leaked)} training questions of {source} are among its {len(one.items)} items (first:"
+                f" {leaked[0].task_id}): its accuracy would flatter a model trained on them. Take them out of the training data, or pass"
+                " --task.allow_test_data_in_training true if this is meant"
+            )
+
+
 @contextlib.contextmanager
 def _naming_set(name: str) -> Iterator[None]:
     """Errors within the block name the set."""
@@ -112,11 +126,7 @@ def _prepare(config: EvalSetConfig, name: str, task: Task, tokenizer: Any, defau
     if any(k > num_samples for k in config.ks):
         raise ConfigError(f"ks is {list(config.ks)}: with num_samples {num_samples} use k from 1 to {num_samples}, or more samples")
     ks = config.ks or tuple(k for k in defaults.ks if k <= num_samples) or (num_samples,)
-    for kind in config.also_grade:
-        try:
-            check_kind(kind)
-        except ValueError as error:
-            raise ConfigError(f"also_grade: {error}") from None
+    also_grade = _other_graders(config.also_grade, task.grade_kind)
     limit = max_model_len - sampling.max_new_tokens
     if limit < 1:
         raise ConfigError(f"max_new_tokens is {sampling.max_new_tokens}: it leaves no room for a prompt below rollout.max_model_len {max_model_len}")
@@ -125,7 +135,21 @@ def _prepare(config: EvalSetConfig, name: str, task: Task, tokenizer: Any, defau
     items = select_items(items, ids) if ids else items
     first = config.num_items if config.num_items is not None else 0 if ids else defaults.num_items
     encoded = task.encode_prompts(items[: first or None], tokenizer, limit)
-    return EvalSet(name, task, split, encoded.items, encoded.num_too_long, num_samples, sampling, ks, config.also_grade)
+    return EvalSet(name, task, split, encoded.items, encoded.num_too_long, num_samples, sampling, ks, also_grade)
+
+
+def _other_graders(kinds: Sequence[str], own: str) -> tuple[str, ...]:
+    """The kinds that differ from the set's own, each of which must have a name of its own in the metrics."""
+    others = tuple(kind for kind in dict.fromkeys(kinds) if kind != own)
+    for kind in others:
+        try:
+            check_kind(kind)
+        except ValueError as error:
+            raise ConfigError(f"also_grade: {error}") from None
+    names = [grader_name("", kind) for kind in (own, *others)]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"also_grade is {list(kinds)}: two graders would be called alike in the metrics ({', '.join(names)}): rename a function")
+    return others
 
 
 class TaskGrader:
@@ -185,10 +209,12 @@ class SetResult:
             flat |= {name: value for name, value in numbers.items() if not kind or name.rpartition("/")[2] not in lengths}
         return flat
 
-    def records(self) -> list[dict[str, Any]]:
-        """One per sample, in the form of ``rollouts.jsonl``."""
-        records = readable(self.rollouts, 0, -1, source=f"eval/{self.eval_set.name}")
-        for place, record in enumerate(records):
+    def records(self, *, step: int = 0, limit: int = -1, tokenizer: Any = None) -> list[dict[str, Any]]:
+        """One per sample, in the form of ``rollouts.jsonl``: all, or ``limit`` evenly spaced ones; with a ``tokenizer``, token by token."""
+        records = readable(self.rollouts, step, limit, source=f"eval/{self.eval_set.name}", tokenizer=tokenizer)
+        total = len(self.rollouts.trajectories)
+        for number, record in enumerate(records):
+            place = number * total // len(records)
             record["sample_index"] = place % self.eval_set.num_samples
             if self.details:
                 graded = {kind: results[place] for kind, results in self.details.items()}

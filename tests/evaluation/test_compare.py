@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openrl_reason.config import flag_names, parse_config
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.evaluation.compare import RESULT_FORMAT, CompareConfig, compare_files, compare_results
 from openrl_reason.evaluation.intervals import IntervalConfig, mcnemar
@@ -117,3 +118,12 @@ def test_what_is_no_result_file_is_told(text, expected, tmp_path):
         compare_files(CompareConfig(first=str(tmp_path / "a.json"), second=str(tmp_path / "a.json")))
     with pytest.raises(ConfigError, match="give two files"):
         compare_files(CompareConfig(first="a.json"))
+
+
+def test_every_flag_of_the_command_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(CompareConfig, ["--help"], prog="test")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in flag_names(CompareConfig):
+        after = text.split(f"--{name} ", 1)[1]
+        assert len(after.split("(type:")[0].split()) > 2, f"--{name} has no help"

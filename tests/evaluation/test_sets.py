@@ -1,6 +1,8 @@
 """Which items a set has, what it inherits, what is refused, and what a run of it says."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,7 @@ def test_greedy_adds_a_pass_of_its_own(sums):
         ({"name": "g", "temperature": 0.0}, "evaluation set 'g': num_samples is 4 at temperature 0"),
         ({"name": "g", "ks": (8,)}, r"'g': ks is \[8\]: with num_samples 4 use k from 1 to 4"),
         ({"name": "g", "also_grade": ("gsm9k",)}, "'g': also_grade: grader 'gsm9k' is unknown"),
+        ({"name": "g", "also_grade": ("a.b:gsm8k",)}, "'g': also_grade is .*two graders would be called alike"),
         ({"name": "g", "max_new_tokens": 100}, "'g': max_new_tokens is 100: it leaves no room"),
         ({"name": "g", "task": TaskConfig(name="nothing")}, "'g': task 'nothing' is unknown"),
     ],
@@ -129,6 +132,9 @@ def test_a_run_gives_metrics_tables_and_samples(sums, grader):
     records = result.records()
     assert len(records) == 16 and records[5]["sample_index"] == 1 and records[5]["source"] == "eval/sums"
     assert records[4]["also_graded"]["gsm8k_lenient"] == {"score": 1.0, "parsed": "4", "status": "ok"}
+    few = result.records(step=7, limit=3)
+    assert [record["trajectory_id"] for record in few] == [records[place]["trajectory_id"] for place in (0, 5, 10)] and few[1]["step"] == 7
+    assert [record["sample_index"] for record in few] == [0, 1, 2]
     plain = json.loads(json.dumps(result.as_json(("level",)), allow_nan=False))
     assert plain["items"][0] == {"id": one.items[0].task_id, "scores": [1.0, 0.0, 0.0, 0.0], "votes": [0, 1, 2, None]}
     assert [(row["group"], row["items"]) for row in plain["tables"]["level"]] == [("0", 2), ("1", 2)]
@@ -198,3 +204,12 @@ def test_training_questions_among_the_items_are_refused(tmp_path):
         else:
             with pytest.raises(DataError, match="allow_test_data_in_training"):
                 refuse_leaks(sets)
+
+
+def test_the_yaml_of_the_docs_is_a_config(tmp_path, monkeypatch):
+    page = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
+    (tmp_path / "evaluation.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)[1])
+    (tmp_path / "hard_ids.txt").write_text("a\n")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(EvaluateConfig, ["--config", "evaluation.yaml"], prog="test")
+    assert [one.name for one in config.sets] == ["gsm8k", "math-hard"] and config.sets[1].wanted_ids() == ["a"]
