@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "accelerate==1.15.0",
     "antlr4-python3-runtime==4.13.2",  # math-verify reads LaTeX differently, and silently so, with another one
     "datasets==5.2.0",
+    "httpx==0.28.1",
     "jsonargparse[signatures]==4.53.0",
     "math-verify==0.9.0",
     "matplotlib==3.11.2",
