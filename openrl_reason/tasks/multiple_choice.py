@@ -96,8 +96,10 @@ class MultipleChoiceTask(RowTask):
         info = own_id(row, self.id_key) | {
             "context": context, "question": question, "options": shown, "order": "".join(LETTERS[index] for index in order),
         }  # fmt: skip
+        if isinstance(kinds, dict):
+            kinds = [str(name) for name, holds in kinds.items() if holds]
         if kinds:
-            info["type"] = [str(name) for name, holds in kinds.items() if holds] if isinstance(kinds, dict) else kinds
+            info["type"] = kinds
         return self.make_item(question_text(context, question, shown), gold=gold, solution=self._solution(row, gold), info=info)
 
     def _context(self, row: Row) -> str:

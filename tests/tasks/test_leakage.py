@@ -54,16 +54,19 @@ ROWS = {
 }
 
 
+def other_row(name):
+    return {key: "Who is it?" if key in ("question", "problem") else value for key, value in ROWS[name][0].items()}
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_task_with_files_refuses_held_out_questions(tmp_path, name):
     rows = ROWS[name]
     paths = {"train_path": write(tmp_path / "train.jsonl", rows), "test_path": write(tmp_path / "test.jsonl", rows[3:])}
     with pytest.raises(DataError, match=r"1 of the 4 training questions in .*train.jsonl:4.*--task.allow_test_data_in_training true"):
         load_task(TaskConfig(name=name, **paths)).items("train")
-    with pytest.raises(DataError, match="1 of the 4"):  # not only against the test items in use
-        load_task(TaskConfig(name=name, num_test=1, **paths | {"test_path": write(tmp_path / "more.jsonl", rows[:1] and [rows[3], rows[3]])})).items(
-            "train"
-        )
+    more = paths | {"test_path": write(tmp_path / "more.jsonl", [other_row(name), rows[3]])}
+    with pytest.raises(DataError, match="1 of the 4"):
+        load_task(TaskConfig(name=name, num_test=1, **more)).items("train")
     allowed = load_task(TaskConfig(name=name, allow_test_data_in_training=True, **paths))
     train, test = allowed.items("train"), allowed.items("test")
     assert len(train) == 4 and overlap(train, test) == [train[3]] and overlap(train[:3], test) == []
@@ -100,7 +103,7 @@ def test_the_published_splits_pass_and_questions_shared_by_logiqa_splits_are_fou
         load_task(TaskConfig(name="logiqa2", train_path=f"{DATA}/logiqa2/dev.txt", test_path=f"{DATA}/logiqa2/test.txt")).items("train")
 
 
-def test_a_hundred_thousand_questions_are_compared_in_seconds():
+def test_many_questions_are_compared_quickly():
     task = load_task(TaskConfig(num_train=1))
     items = [task.make_item(f"Ann has {n} pens and buys {n + 1} more for ${n}. How many are there now, all in all?", gold="1") for n in range(20_000)]
     started = time.perf_counter()
