@@ -84,7 +84,7 @@ def test_both_machines_run_the_same_vllm_release():
 def test_no_file_says_where_packages_are_downloaded_from():
     files = [*ROOT.glob("requirements/*.txt"), *SCRIPTS, ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "dockerfile" / "Dockerfile"]
     for file in files:
-        found = re.search(r"\w+://|--(extra-)?index-url|--find-links|--trusted-host", file.read_text())
+        found = re.search(r"\w+://(?!127\.0\.0\.1)|--(extra-)?index-url|--find-links|--trusted-host", file.read_text())
         assert not found, f"{file.relative_to(ROOT)}: {found[0]}"
 
 

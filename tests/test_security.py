@@ -119,6 +119,7 @@ def config_classes(monkeypatch) -> dict[str, type]:
         raise InterruptedError
 
     monkeypatch.setattr(cli, "parse_config", note)
+    monkeypatch.setattr("openrl_reason.observe.report.parse_config", note)
     for name, command in cli.COMMANDS.items():
         with pytest.raises(InterruptedError):
             command.run([], name)

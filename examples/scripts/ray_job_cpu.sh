@@ -23,12 +23,10 @@ output="$(realpath -m "${1:-$root/runs/ray_job_cpu}")"  # absolute: a job runs i
 . "$root/examples/scripts/start_ray.sh"
 start_ray --num-cpus 2
 
-runtime_env="{\"working_dir\": \"$root\", \"excludes\": [\"/.git/\", \"/.venv*/\", \"/runs/\", \"/wandb/\"]}"
-
 set -x
 ray job submit \
     --address="$RAY_API_SERVER_ADDRESS" \
-    --runtime-env-json="$runtime_env" \
+    --runtime-env-json='{"working_dir": "'"$root"'", "excludes": ["/.git/", "/.venv*/", "/runs/", "/wandb/"]}' \
     -- python -m openrl_reason sft \
     --run.output_dir "$output/sft" \
     --run.steps 4 \
@@ -44,7 +42,7 @@ ray job submit \
 
 ray job submit \
     --address="$RAY_API_SERVER_ADDRESS" \
-    --runtime-env-json="$runtime_env" \
+    --runtime-env-json='{"working_dir": "'"$root"'", "excludes": ["/.git/", "/.venv*/", "/runs/", "/wandb/"]}' \
     -- python -m openrl_reason reinforce \
     --run.output_dir "$output/rl" \
     --run.steps 2 \
