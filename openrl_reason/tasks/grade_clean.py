@@ -27,7 +27,8 @@ _WITH_ARGUMENT_DROPPED = frozenset("phantom hphantom vphantom hspace vspace labe
 _TEXTS = frozenset("text mbox textrm textbf textit textnormal texttt textsf hbox".split())
 _FONTS = frozenset("mathrm mathbf mathit mathsf mathcal mathbb boldsymbol bm operatorname overline underline vec hat bar boxed fbox".split())
 _UNICODE = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "π": "\\pi ", "√": "\\sqrt ", "∅": "\\emptyset ",
+    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "π": "\\pi ", "√": "\\sqrt ", "¢": "\\text{cents}",
+    "∅": "\\emptyset ",
     "²": "^{2}", "³": "^{3}", "′": "", "≤": "≤", "≥": "≥", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "θ": "\\theta ",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "（": "(", "）": ")", "，": ",", "\x00": " ", "\x01": " ", "\x02": " ",
     "\x03": " ", "\x04": " ", "￥": " ", "○": " ", "º": "°", "“": '"', "”": '"', "’": "'",
@@ -97,7 +98,8 @@ def _as_text(inner: str) -> str:
         return " , "
     if re.fullmatch(r"[-+0-9.,:;=/()\s]*", words):
         return words
-    return f"\\text{{{words}}}"
+    measured = re.fullmatch(r"\s*([-+]?[0-9][0-9.,:/ ]{0,30})([A-Za-z][A-Za-z. ]*)", words)
+    return f"{measured[1]} \\text{{{measured[2]}}}" if measured else f"\\text{{{words}}}"
 
 
 def _clean_plain(text: str) -> str:

@@ -7,6 +7,7 @@ parts of the real line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from mpmath import mp
@@ -15,6 +16,7 @@ from openrl_reason.tasks.grade_latex import Tree
 from openrl_reason.tasks.grade_units import may_be_left_out, words_of
 from openrl_reason.tasks.grade_values import Unbounded, Undefined, numeric, proportional, same_value, symbols, values_at_points
 
+INFINITY = ("sym", "∞")
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
 
 
@@ -72,7 +74,8 @@ def same(gold: Tree, answer: Tree) -> bool:
     if gold[0] == "rel" or answer[0] == "rel":
         return _same_relations(gold, answer)
     if "text" in (gold[0], answer[0]):
-        return gold[0] == answer[0] and same_words(gold[1], answer[1])
+        a, b = _labels(gold), _labels(answer)
+        return a is not None and b is not None and _same_labels(a, b)
     gold, gold_unit = split_unit(gold)
     answer, unit = split_unit(answer)
     if not _units_agree(gold_unit, unit):
@@ -102,6 +105,25 @@ def same_words(gold: str, answer: str) -> bool:
     if len(a) <= 1 or len(b) <= 1:
         return a == b and bool(a)
     return a.casefold() == b.casefold()
+
+
+def _labels(tree: Tree) -> list[str] | None:
+    """The words of an answer that consists of words: one text, perhaps with commas in it, a variable, or a list of them."""
+    if tree[0] == "text":
+        return [part for part in re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", words_of(tree[1])) if part]
+    if tree[0] == "sym":
+        return [tree[1]]
+    if tree[0] != "list":
+        return None
+    parts = [_labels(item) for item in tree[1:]]
+    return None if None in parts else [word for part in parts for word in part or []]
+
+
+def _same_labels(gold: list[str], answer: list[str]) -> bool:
+    """Labels of one letter in any order; words in theirs, for "in which order" is a question, too."""
+    if all(len(words_of(label)) == 1 for label in (*gold, *answer)):
+        return sorted(map(words_of, gold)) == sorted(map(words_of, answer))
+    return len(gold) == len(answer) and all(map(same_words, gold, answer))
 
 
 def _same_in_order(gold: Tree, answer: Tree) -> bool:
@@ -287,12 +309,13 @@ def _pieces(tree: Tree) -> list[tuple] | None:
         return [(low, tree[1][0] == "(", high, tree[1][1] == ")")] if low < high else None
     if tree[0] == "set" and len(tree) > 1:
         return [(_end(item), False, _end(item), False) for item in tree[1:]]
-    if tree[0] != "rel" or len(names := symbols(tree) - {"∞"}) != 1:
+    if tree[0] != "rel":
         return None
-    variable = ("sym", next(iter(names)))
+    named = [side for side in tree[2:] if not _is_constant(side) and side not in (INFINITY, ("neg", INFINITY))]
+    if len(named) != 1 or not _is_name(named[0]):
+        return None
+    variable = named[0]
     ops, sides = tree[1], tree[2:]
-    if variable not in sides or sides.count(variable) != 1:
-        return None
     at = sides.index(variable)
     if ops == "≠":
         end = _end(sides[1 - at])
@@ -312,7 +335,7 @@ def _pieces(tree: Tree) -> list[tuple] | None:
 
 def _end(tree: Tree) -> object:
     """One end of an interval, rounded so that equal values are equal; infinities included."""
-    if tree in (("sym", "∞"), ("neg", ("sym", "∞"))):
+    if tree in (INFINITY, ("neg", INFINITY)):
         return mp.inf if tree[0] == "sym" else -mp.inf
     tree, _ = split_unit(tree)
     if symbols(tree):

@@ -16,6 +16,7 @@ from openrl_reason.tasks.grade_clean import BREAK, FUNCTIONS, LEFT_SET, RIGHT_SE
 from openrl_reason.tasks.grade_units import unit_name
 
 MAX_DEPTH = 30
+MAX_CHAIN = 8
 MAX_DIGITS = 1000
 
 Tree = tuple
@@ -37,6 +38,18 @@ _CURRENCIES = {"￥": "dollar", "£": "pound sterling", "€": "euro"}
 _NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _PLAIN_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _RELATIONS = "=<>≤≥≠∈≈→"
+
+
+def _mentions_names(tree: object) -> bool:
+    """Whether there is a variable or a word in it."""
+    if not isinstance(tree, tuple) or not tree:
+        return False
+    return tree[0] == "text" or (tree[0] == "sym" and tree[1] not in ("pi", "e", "i")) or any(map(_mentions_names, tree))
+
+
+def _times(left: Tree, right: Tree) -> Tree:
+    """A product, kept flat, so that a long one makes no deep tree."""
+    return (*left, right) if left[0] == "mul" else ("mul", left, right)
 
 
 class Reader:
@@ -101,8 +114,11 @@ class Reader:
     def relation(self) -> Tree:
         sides, ops = [self.ratio()], ""
         while op := self.take(_RELATIONS):
+            side = self.ratio()
+            if op == "≈" and not _mentions_names(sides[-1]):
+                continue  # 1/3 ≈ 0.33 says 1/3
             ops += "=" if op == "≈" else op
-            sides.append(self.ratio())
+            sides.append(side)
         return ("rel", ops, *sides) if ops else sides[0]
 
     def ratio(self) -> Tree:
@@ -185,17 +201,20 @@ class Reader:
     def product(self, argument: bool = False) -> Tree:
         """Factors, explicit or side by side. In the argument of a function without brackets the next function ends it."""
         tree = self.factor()
+        divisions = 0
         while True:
             if not argument and (op := self.take("*/")):
                 sign = self.take("-")
                 right = self.factor()
                 right = ("neg", right) if sign else right
-                tree = ("div", tree, right) if op == "/" else ("mul", tree, right)
+                divisions += op == "/"
+                tree = ("div", tree, right) if op == "/" else _times(tree, right)
             elif self.starts_factor(argument):
-                right = self.factor()
-                tree = self.juxtapose(tree, right)
+                tree = self.juxtapose(tree, self.factor())
             else:
                 return tree
+            if divisions > MAX_CHAIN:
+                raise self.fail("too many divisions")
 
     def juxtapose(self, left: Tree, right: Tree) -> Tree:
         """``2\\frac{1}{3}`` is a mixed number, ``2\\frac{x}{3}`` and ``2\\frac{7}{3}`` are products; two numbers side by side are neither."""
@@ -209,7 +228,7 @@ class Reader:
                 self.at = match.end()
                 return ("add", left, ("div", right, ("num", Fraction(int(match[1])))))
             raise self.fail("two numbers side by side")
-        return ("mul", left, right)
+        return _times(left, right)
 
     def starts_factor(self, argument: bool) -> bool:
         character = self.peek()
@@ -224,9 +243,8 @@ class Reader:
 
     def factor(self) -> Tree:
         tree = self.atom()
-        while True:
-            if self.peek() == "^":
-                self.at += 1
+        for _ in range(MAX_CHAIN):
+            if self.take("^"):
                 tree = ("pow", tree, self.exponent())
             elif self.take("!"):
                 tree = ("call", "factorial", tree)
@@ -238,6 +256,7 @@ class Reader:
                 raise self.fail("a number with a subscript inside of an expression")
             else:
                 return tree
+        raise self.fail("too many signs behind a factor")
 
     def exponent(self) -> Tree:
         if self.peek() == "{":
@@ -394,6 +413,8 @@ class Reader:
         if not name:
             raise self.fail("a stray backslash")
         self.at += 1 + len(name)
+        if name in ("emptyset", "varnothing"):
+            return ("set",)
         if name == "pi" or name in GREEK:
             return ("sym", "pi") if name == "pi" else self.symbol("\\" + name)
         if name == "frac":

@@ -103,6 +103,9 @@ def _expression(tree: Tree) -> str:
             return _constant(tree)
         except (Undefined, Unbounded):
             pass
+    expanded = polynomial(tree)
+    if expanded is not None:
+        return _polynomial_text(expanded)
     kind = tree[0]
     if kind == "sym":
         return tree[1]
@@ -111,20 +114,22 @@ def _expression(tree: Tree) -> str:
     if kind == "add":
         return "(" + "+".join(sorted(map(render, tree[1:]))) + ")"
     if kind == "mul":
-        return "*".join(sorted(_factors(tree)))
+        return "*".join(sorted(map(_operand, tree[1:])))
     if kind == "neg":
-        return f"-{render(tree[1])}"
+        return f"-{_operand(tree[1])}"
     if kind == "div":
-        return f"({render(tree[1])}/{render(tree[2])})"
+        return f"({_operand(tree[1])}/{_operand(tree[2])})"
     if kind == "pow":
-        return f"{render(tree[1])}^{render(tree[2])}"
+        return f"{_operand(tree[1])}^{_operand(tree[2])}"
     if kind == "call":
         return f"{tree[1]}({', '.join(map(render, tree[2:]))})"
     raise Unbounded(f"no text for {kind}")
 
 
-def _factors(tree: Tree) -> list[str]:
-    return [text for part in tree[1:] for text in (_factors(part) if part[0] == "mul" else [render(part)])]
+def _operand(tree: Tree) -> str:
+    """The text of a part of a product, quotient or power: in brackets unless it is one name or one number."""
+    text = render(tree)
+    return f"({text})" if re.search(r"[-+*/^ ]", text) and not text.startswith("(") else text
 
 
 def _constant(tree: Tree) -> str:
@@ -146,3 +151,68 @@ def _irrational(value: object) -> str:
         return str(int(rounded)) if abs(rounded) < 10**40 else mp.nstr(value, 20)
     text = mp.nstr(value, 20, min_fixed=-6, max_fixed=20, strip_zeros=True)
     return text if abs(mp.mpf(text) - value) < mp.mpf(10) ** -40 else text + "..."
+
+
+Polynomial = dict[tuple[tuple[str, int], ...], Fraction]
+_MAX_TERMS = 60
+_MAX_POWER = 30
+
+
+def polynomial(tree: Tree) -> Polynomial | None:
+    """A polynomial with rational coefficients multiplied out, as monomial -> coefficient; None for anything else, or if it is too long."""
+    kind = tree[0]
+    if kind == "num":
+        return {(): tree[1]} if tree[1] else {}
+    if kind == "sym":
+        return None if tree[1] in ("pi", "e", "i", "∞") else {((tree[1], 1),): Fraction(1)}
+    if kind == "neg":
+        inner = polynomial(tree[1])
+        return None if inner is None else {monomial: -value for monomial, value in inner.items()}
+    if kind in ("add", "mul"):
+        parts = [polynomial(part) for part in tree[1:]]
+        total: Polynomial | None = parts[0]
+        for part in parts[1:]:
+            total = None if total is None or part is None else (_sum if kind == "add" else _product)(total, part)
+        return total
+    if kind == "div":
+        bottom = polynomial(tree[2])
+        if bottom is None or set(bottom) != {()}:
+            return None
+        return polynomial(("mul", tree[1], ("num", 1 / bottom[()])))
+    if kind == "pow" and tree[2][0] == "num" and tree[2][1].denominator == 1 and 0 < tree[2][1] <= _MAX_POWER:
+        return polynomial(("mul", *[tree[1]] * int(tree[2][1])))
+    return None
+
+
+def _sum(a: Polynomial, b: Polynomial) -> Polynomial | None:
+    total = {monomial: a.get(monomial, Fraction(0)) + b.get(monomial, Fraction(0)) for monomial in (*a, *b)}
+    return _bounded({monomial: value for monomial, value in total.items() if value})
+
+
+def _product(a: Polynomial, b: Polynomial) -> Polynomial | None:
+    total: Polynomial = {}
+    for left, x in a.items():
+        for right, y in b.items():
+            powers = dict(left)
+            for name, power in right:
+                powers[name] = powers.get(name, 0) + power
+            monomial = tuple(sorted(powers.items()))
+            total[monomial] = total.get(monomial, Fraction(0)) + x * y
+    return _bounded({monomial: value for monomial, value in total.items() if value})
+
+
+def _bounded(total: Polynomial) -> Polynomial | None:
+    small = all(value.numerator.bit_length() + value.denominator.bit_length() <= 400 for value in total.values())
+    return total if small and len(total) <= _MAX_TERMS else None
+
+
+def _polynomial_text(terms: Polynomial) -> str:
+    """The terms by falling degree: ``x^2+2*x*y-1``."""
+    parts = []
+    for monomial in sorted(terms, key=lambda m: (-sum(power for _, power in m), m)):
+        value = terms[monomial]
+        names = "*".join(name if power == 1 else f"{name}^{power}" for name, power in monomial)
+        factor = number_text(abs(value))
+        text = factor if not names else names if factor == "1" else f"{factor}*{names}"
+        parts.append(("-" if value < 0 else "+") + text)
+    return "".join(parts).removeprefix("+") or "0"

@@ -57,11 +57,14 @@ def unit_name(words: str) -> str:
             continue
         names.append(name + power)
         power = ""
-    return " ".join([*names, *(["unit" + power] if power and not names else [])])
+    name = " ".join([*names, *(["unit" + power] if power and not names else [])])
+    return {"mile per hour": "mph", "kilometer per hour": "kph"}.get(name, name)
 
 
 def may_be_left_out(unit: str) -> bool:
-    """Whether an answer means the same without the unit: at most five words, none of which changes the number."""
+    """Whether an answer means the same without the unit: at most five words, nothing but words, none of which changes the number."""
+    if not re.fullmatch(r"[a-z ^0-9-]*", unit):
+        return False
     words = re.findall(r"[a-z]+", unit)
     return len(words) <= 5 and len(unit) <= 60 and not (set(words) & _NO_UNITS) and not re.search(r"(?<!\^)(?<!\^-)[0-9]", unit)
 

@@ -283,15 +283,20 @@ def longest_literal(tree: object) -> int:
     return max((longest_literal(part) for part in tree), default=0) if isinstance(tree, tuple) else 0
 
 
-def sample_points(names: frozenset[str], count: int = 8) -> list[dict[str, Fraction]]:
-    """Fixed points that look like nothing special: first all positive, then with signs that differ by the name."""
+def sample_points(names: frozenset[str], count: int = 14) -> list[dict[str, Fraction]]:
+    """Fixed points that look like nothing special: every third between 0 and 1, every fourth of whole numbers, the others mixed in sign."""
     points = []
     for k in range(count):
         point = {}
         for name in sorted(names):
             hashed = zlib.crc32(f"{k}:{name}".encode("utf-8", "replace"))
-            value = Fraction(1 + hashed % 9973, 1 + 2 * (hashed // 9973 % 1999))
-            point[name] = -value if k % 2 and hashed >> 7 & 1 else value
+            if k % 3 == 1:
+                value = Fraction(1 + hashed % 29, 31 + hashed // 29 % 17)
+            elif k % 4 == 3:
+                value = Fraction(2 + hashed % 11)
+            else:
+                value = Fraction(1 + hashed % 97, 2 + hashed // 97 % 11)
+            point[name] = -value if k % 2 == 0 and k and hashed >> 20 & 1 else value
         points.append(point)
     return points
 
