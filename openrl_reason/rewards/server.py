@@ -83,14 +83,14 @@ class ServerRewards:
 
     def __init__(self, urls: Sequence[str], config: RewardServerConfig, send: Sequence[str] = ()) -> None:
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        token = os.environ.get(config.token_variable, "") if config.token_variable else ""
         if config.token_variable:
-            token = os.environ.get(config.token_variable, "")
             require(bool(token), "reward.server.token_variable", config.token_variable, "there is no such environment variable, or it is empty")
             require(token.isprintable() and token.isascii(), "reward.server.token_variable", config.token_variable, "its value is no token")
             headers["Authorization"] = f"Bearer {token}"
         self._lock, self._filling = threading.Lock(), list[_Request]()
         self._batch_size = config.batch_size
-        self._shared = _Shared(urls, config, tuple(send), headers)
+        self._shared = _Shared(urls, config, tuple(send), headers, token)
         self._finalizer = weakref.finalize(self, _Shared.close, self._shared)
 
     def submit(self, sample: RewardSample) -> Future[RewardResult]:
@@ -126,8 +126,8 @@ class ServerRewards:
 class _Shared:
     """The thread, its event loop, and the servers. Held by the thread, so that the source itself can be garbage collected."""
 
-    def __init__(self, urls: Sequence[str], config: RewardServerConfig, send: tuple[str, ...], headers: dict[str, str]) -> None:
-        self.config, self.send, self.headers = config, send, headers
+    def __init__(self, urls: Sequence[str], config: RewardServerConfig, send: tuple[str, ...], headers: dict[str, str], token: str) -> None:
+        self.config, self.send, self.headers, self.token = config, send, headers, token
         self.servers = [_Server(url) for url in urls]
         self.lock = threading.Lock()
         self.inbox: deque[list[_Request]] = deque()
@@ -236,7 +236,7 @@ class _Shared:
                 return read_batch(returned, steps)
             except _Refused as error:
                 self.count(server, failures=1)
-                return [failure("error", f"{server.shown}: {error}") for _ in samples]
+                return [self._failure("error", f"{server.shown}: {error}") for _ in samples]
             except (TimeoutError, _Unavailable) as error:
                 call.is_late = isinstance(error, TimeoutError)
                 call.reason = f"no response within {time.monotonic() - started:.3g} s" if call.is_late else str(error)
@@ -247,7 +247,11 @@ class _Shared:
                 await self._release(server)
         status = "timeout" if call.is_late or time.monotonic() >= call.end else "error"
         reason = call.reason or " | ".join(f"{server.shown}: {server.last_failure}" for server in self.servers[:3])
-        return [failure(status, f"{reason} (attempts: {call.attempts})") for _ in samples]
+        return [self._failure(status, f"{reason} (attempts: {call.attempts})") for _ in samples]
+
+    def _failure(self, status: str, detail: str) -> RewardResult:
+        """A server may repeat the token that it got."""
+        return failure(status, detail.replace(self.token, "***") if self.token else detail)
 
     def _body(self, samples: list[RewardSample]) -> bytes:
         body: dict[str, Any] = {
