@@ -245,8 +245,3 @@ def _per_token(trajectory: Trajectory, result: RewardResult, tokenizer: Any, bat
 def _rounded(value: float) -> float | None:
     """Four significant digits, enough to read; None for NaN, which JSON does not have."""
     return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
-def with_budget(sampling: SamplingConfig, **changes: Any) -> SamplingConfig:
-    """A copy of the sampling settings with some changed, for instance ``temperature=0`` for greedy evaluation."""
-    return replace(sampling, **changes)

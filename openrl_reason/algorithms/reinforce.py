@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from openrl_reason.algorithms.collect import GRADED, Collector, RewardFunction, Rollouts, readable, with_budget
+from openrl_reason.algorithms.collect import Collector, Rollouts, check_failures, readable
 from openrl_reason.algorithms.common import (
     ItemSampler,
     checked_tokenizer,
@@ -43,8 +43,9 @@ from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
 from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import ConfigError, GateError, WorkerError
-from openrl_reason.evaluation.accuracy import accuracy_metrics
+from openrl_reason.errors import GateError
+from openrl_reason.evaluation.sets import Evaluator, training_sets
+from openrl_reason.rewards.build import build_rewarder
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig
@@ -91,7 +92,7 @@ class ReinforceTrainer(Trainer):
     Args:
         config: all settings.
         task: replaces the task that ``config.task`` names.
-        reward_function: replaces the task's grader (see ``collect.RewardFunction``).
+        reward_function: replaces ``config.reward``: any form of docs/rewards.md as a Python callable, which runs in a thread of this process.
         callbacks: called after each step with (finished steps, metrics).
     """
 
@@ -109,12 +110,10 @@ class ReinforceTrainer(Trainer):
         config: ReinforceConfig,
         *,
         task: Task | None = None,
-        reward_function: RewardFunction | None = None,
+        reward_function: Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, callbacks)
-        if reward_function is not None and not callable(reward_function):
-            raise ConfigError(f"reward_function is {reward_function!r}: give a function (queries, prompts, labels, items=...) -> list of floats")
         self._task, self._reward_function = task, reward_function
         self._group_kind, other, self._whiten, reduction = ADVANTAGES[config.algo.advantage]
         self._reduction = reduction if config.algo.loss_reduction == "auto" else config.algo.loss_reduction
@@ -135,7 +134,8 @@ class ReinforceTrainer(Trainer):
             metrics["train/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
         metrics |= self.sync(self.done + 1)
-        self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts))
+        tokens = self.tokenizer if self.run.log_rollout_tokens else None
+        self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts, tokenizer=tokens, batch=batch))
         return rollouts.metrics | metrics
 
     def collect(self) -> Rollouts:
@@ -143,7 +143,7 @@ class ReinforceTrainer(Trainer):
         config = self.config
         items = self.sampler.items(self.done, config.prompts_per_step)
         return self.collector.collect(
-            items, num_samples=config.samples_per_prompt, sampling=config.sampling, seed=(self.run.seed, "train", self.done),
+            items, num_samples=config.samples_per_prompt, sampling=self.sampling, seed=(self.run.seed, "train", self.done),
             on_chunk=self._score_by_reference if self.reference else None, prompts_per_chunk=config.reference.prompts_per_chunk,
         )  # fmt: skip
 
@@ -151,16 +151,16 @@ class ReinforceTrainer(Trainer):
         return self.reference.logprobs_async(TokenBatch.from_trajectories(trajectories), temperature=self.config.sampling.temperature)
 
     def credit(self, rollouts: Rollouts) -> tuple[TokenBatch, dict[str, float]]:
-        """Advantages [N] of the whole collection. Samples whose grader failed are counted and left out."""
+        """Advantages [N] of the whole collection. Samples without a reward (their grading failed) are counted and left out."""
         started, algo = time.perf_counter(), self.config.algo
+        check_failures(rollouts, self.config.reward.max_failed_rate)
         batch = TokenBatch.from_trajectories(rollouts.trajectories)
-        group_ids = torch.arange(batch.num_sequences) // self.config.samples_per_prompt
-        batch = batch.with_sequences(rewards=torch.as_tensor(rollouts.rewards, dtype=torch.float32), group_ids=group_ids)
+        places = torch.arange(batch.num_sequences)
+        rewards = torch.as_tensor(rollouts.rewards, dtype=torch.float32)
+        batch = batch.with_sequences(rewards=rewards, group_ids=places // self.config.samples_per_prompt, places=places)
         if rollouts.chunks:
             batch = batch.with_tokens(ref_logprobs=torch.cat([chunk.result()["logprobs"] for chunk in rollouts.chunks]))
-        graded = [index for index, status in enumerate(rollouts.statuses) if status in GRADED]
-        if not graded:
-            raise WorkerError(f"not one of {batch.num_sequences} responses could be graded; statuses: {sorted(set(rollouts.statuses))}")
+        graded = rewards.isfinite().nonzero().flatten().tolist()
         batch = batch if len(graded) == batch.num_sequences else batch.select(graded)
         metrics = {"rollout/ungraded": float(len(rollouts.statuses) - len(graded)), "timing/reference_wait": time.perf_counter() - started}
         if self._updates_per_step > 1 or algo.kl.where == "reward":
@@ -172,9 +172,11 @@ class ReinforceTrainer(Trainer):
             value = self.baseline.value  # of earlier steps: it must not depend on the samples it is subtracted from
             metrics["train/baseline"] = value
             self.baseline.update(rewards_B)
-        outcome_B = group_advantages(rewards_B, batch.sequences["group_ids"], kind=self._group_kind)
-        rewards = torch.zeros(batch.num_tokens)
-        rewards[last_actions(batch)] = outcome_B
+        # The advantage of the total, paid at the end; a reward that a step earned before is taken off it, so that a token's advantage is the
+        # group's verdict less what had been earned already (for outcome rewards: the advantage itself, at every token).
+        rewards, last = batch.tokens["rewards"].clone(), last_actions(batch)
+        earned_before = rewards_B - rewards[last]
+        rewards[last] = group_advantages(rewards_B, batch.sequences["group_ids"], kind=self._group_kind) - earned_before
         advantages = discounted_returns(rewards, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
         if algo.return_clamp:
             advantages = advantages.clamp(*algo.return_clamp)
@@ -233,15 +235,13 @@ class ReinforceTrainer(Trainer):
         return {f"timing/{name}": seconds for name, seconds in parts.items()} | {"timing/sync": time.perf_counter() - started}
 
     def evaluate(self) -> dict[str, float]:
-        """pass@1 on the fixed held-out items."""
-        settings = self.config.eval
-        if not self.eval_items:
-            return {}
-        sampling = with_budget(self.config.sampling, temperature=settings.temperature, top_p=settings.top_p)
-        rollouts = self.collector.collect(
-            self.eval_items, num_samples=settings.num_samples, sampling=sampling, seed=(self.run.seed, "eval")
-        )
-        return accuracy_metrics(rollouts, settings.num_samples, name=self.task.name)
+        """Every evaluation set, always the same items with the same seeds; a share of the samples goes to rollouts.jsonl."""
+        metrics: dict[str, float] = {}
+        for eval_set in self.eval_sets:
+            result = self.evaluator.run(eval_set, (self.run.seed, "eval"))
+            metrics |= result.metrics
+            self.log.rollouts(readable(result.rollouts, self.done, self.run.log_rollouts, source=f"eval/{eval_set.name}"))
+        return metrics
 
     # ---- the run -------------------------------------------------------------------------------------------------------------
 
@@ -274,13 +274,17 @@ class ReinforceTrainer(Trainer):
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, config.rollout.max_model_len, trust_remote_code=config.policy.trust_remote_code)
         self.task = self._task or load_task(config.task)
+        # A prompt style may need stop strings of its own, or the model goes on to write the next question.
+        self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
         limit = config.rollout.max_model_len - config.sampling.max_new_tokens
         train_items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
         self.sampler = ItemSampler(train_items, self.run.seed)
-        self.eval_items, eval_overlong = within_limit(self.task, "test", self.tokenizer, limit, first=config.eval.num_items)
-        for split, count in (("train", overlong), ("test", eval_overlong)):
+        self.eval_sets = training_sets(
+            config.eval, task=self.task, tokenizer=self.tokenizer, sampling=self.sampling, max_model_len=config.rollout.max_model_len
+        )
+        for what, count in (("training", overlong), *((f"{one.name} evaluation", one.num_overlong) for one in self.eval_sets)):
             if count:
-                print(f"{count} {split} prompts have more than {limit} tokens (rollout.max_model_len - sampling.max_new_tokens): left out")
+                print(f"{count} {what} prompts leave no room for a full response within --rollout.max_model_len: left out")
 
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
         from openrl_reason.workers.model_group import ModelGroup
@@ -294,6 +298,8 @@ class ReinforceTrainer(Trainer):
         require(not broadcast, "rollout.weight_transport", transport, "colocated on GPUs use auto, or --placement.colocate false")
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
+        rewarder = build_rewarder(config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function)
+        stack.callback(rewarder.close)
         total = self.run.steps * self._updates_per_step
         policy, has_reference = replace(config.policy, path=self.model_path), config.algo.kl.where != "none"
         self.pool, self.policy, self.reference = start_together(
@@ -303,7 +309,12 @@ class ReinforceTrainer(Trainer):
             lambda: ModelGroup.start(self.reference_config(), role="reference", placement=placement, seed=seed) if has_reference else None,
             side_by_side=not self._take_turns,  # vLLM measures the GPU's free memory while it starts
         )
-        self.collector = Collector(self.task, self.tokenizer, self.pool, grader, self._reward_function)
+        self.collector = Collector(self.task, self.tokenizer, self.pool, rewarder)
+        # Held-out answers are judged by the task's grader; a reward that does not ask it at all is the only judge there is.
+        asks_task = self._reward_function is None and any(term.source == "task" for term in config.reward.all_terms)
+        self.evaluator = Evaluator(
+            tokenizer=self.tokenizer, pool=self.pool, grader=grader, rewarder=None if asks_task else rewarder, intervals=config.eval.intervals
+        )
         if self._take_turns:
             self.policy.offload()
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from openrl_reason.algorithms.reduction import REDUCTIONS
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.config import require, require_divisible
+from openrl_reason.evaluation.config import EvalConfig
+from openrl_reason.rewards.config import RewardConfig
 from openrl_reason.tasks.base import TaskConfig
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.placement import PlacementConfig
@@ -95,20 +97,6 @@ class ReinforceAlgoConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation while training, from the same engines, always on the same items."""
-
-    num_items: int = 128
-    """Held-out items: the first so many of the test split (0: no evaluation)."""
-    num_samples: int = 1
-    """Samples per item."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Nucleus of the evaluation."""
-
-
-@dataclass(frozen=True)
 class ReinforceConfig:
     """REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ with a rollout engine."""
 
@@ -124,6 +112,8 @@ class ReinforceConfig:
     """Seconds one answer may take to grade; then its process is killed and the sample counted as timed out."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """What is being solved."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What a response earns; by default what the task's grader says."""
     policy: TrainedModelConfig = field(default_factory=TrainedModelConfig)
     """The model that learns."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -203,7 +193,7 @@ def _check_kl(config: ReinforceConfig) -> None:
 
 
 def _check_sampling(config: ReinforceConfig) -> None:
-    sampling, settings = config.sampling, config.eval
+    sampling = config.sampling
     require(sampling.temperature > 0, "sampling.temperature", sampling.temperature, "greedy responses to a prompt are all alike: use > 0")
     budget, limit = sampling.max_new_tokens, config.rollout.max_model_len
     require(budget < limit, "sampling.max_new_tokens", budget, f"leaves no room for a prompt: it must be below --rollout.max_model_len {limit}")
@@ -213,7 +203,3 @@ def _check_sampling(config: ReinforceConfig) -> None:
         require(not config.max_logprob_difference, "max_logprob_difference", config.max_logprob_difference, remedy.format("0"))
         correction = config.algo.importance_correction
         require(correction == "none", "algo.importance_correction", correction, remedy.format("none"))
-    require(settings.num_items >= 0, "eval.num_items", settings.num_items, "use 0 for no evaluation, or a number of items")
-    require(settings.num_samples >= 1, "eval.num_samples", settings.num_samples, "at least 1")
-    require(settings.temperature >= 0, "eval.temperature", settings.temperature, "use 0 (greedy) or more")
-    require(0 < settings.top_p <= 1, "eval.top_p", settings.top_p, "must be above 0 and at most 1")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from openrl_reason.config import require, save_config
+from openrl_reason.config import require, save_config, to_dict
 from openrl_reason.errors import CheckpointError, ConfigError
 from openrl_reason.observe.breakdown import time_breakdown
 from openrl_reason.observe.plots import plot_curves
+from openrl_reason.observe.report import ReportConfig, report
 from openrl_reason.observe.run_log import RunLog
+from openrl_reason.observe.trackers import TrackConfig, Trackers, check_track
 from openrl_reason.workers.placement import Placement, PlacementConfig, Role
 
 Callback = Callable[[int, Mapping[str, Any]], None]
@@ -46,6 +48,12 @@ class RunConfig:
     """Print the plan (actors, bundles, batch arithmetic, memory) and stop."""
     log_rollouts: int = 8
     """Rollouts per step written to rollouts.jsonl (-1: all)."""
+    log_rollout_tokens: bool = True
+    """Write each token's text, advantage and log-prob with them, for the report (about 25 bytes a token)."""
+    report: bool = True
+    """Write report.html when the run ends."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Trackers beside metrics.jsonl."""
 
 
 class Trainer:
@@ -158,12 +166,13 @@ class Trainer:
                 self.done = checkpoint.step
                 self.load_state(checkpoint.state)
                 self.load_workers(checkpoint.path)
+            save_config(self.config, self.folder / "config.yaml")
+            trackers = Trackers(self.run.track, self.folder, start_step=self.done, settings=to_dict(self.config))
+            self.log = RunLog(self.folder, total_steps=self.run.steps, start_step=self.done, headline=self.headline, trackers=trackers)
+            self._stack.callback(self.log.close)
         except BaseException:
             self.close()
             raise
-        save_config(self.config, self.folder / "config.yaml")
-        self.log = RunLog(self.folder, total_steps=self.run.steps, start_step=self.done, headline=self.headline)
-        self._stack.callback(self.log.close)
         if checkpoint:
             self.log.say(f"resumed after step {self.done} from {checkpoint.path}")
 
@@ -215,12 +224,14 @@ class Trainer:
         return self.checkpoints.save(self.done, write, self.state())
 
     def finish(self) -> None:
-        """Exports the model and draws the curves."""
+        """Exports the model, draws the curves and writes the report."""
         self.export(self.folder / "model")
         plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", train=self.curves, title=str(self.folder))
         breakdown = time_breakdown(self.folder / "metrics.jsonl")
         if breakdown:
             self.log.say("where the time of a step went:  " + "  ".join(f"{name} {share:.1%}" for name, share in breakdown.items()))
+        if self.run.report:
+            report(ReportConfig(runs=(str(self.folder),)))
         self.log.say(f"model: {self.folder / 'model'}   curves: {self.folder / 'curves.png'}   metrics: {self.folder / 'metrics.jsonl'}")
 
     def close(self) -> None:
@@ -241,6 +252,7 @@ def check_run(run: RunConfig) -> None:
     require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "at least 1 must be kept")
     for name in ("eval_every", "save_every"):
         require(getattr(run, name) >= 0, f"run.{name}", getattr(run, name), "use 0 for never, or a number of steps")
+    check_track(run.track)
     require(run.log_rollouts >= -1, "run.log_rollouts", run.log_rollouts, "use -1 for all, 0 for none, or a number")
 
 

@@ -268,7 +268,7 @@ def pack_chunk(records: Sequence[Record]) -> tuple[bytes, bytes]:
         if record["tokens"]:
             entry["tokens"] = record["tokens"]
             if "".join(record["tokens"]) == record["response"]:
-                del entry["response"]
+                entry.pop("response", None)  # an empty one is not there
         for name, values in record["data"].items():
             if np.isfinite(values).all() and (values == values[0]).all():
                 entry.setdefault("constant", {})[name] = _finite(float(values[0]))
@@ -309,10 +309,9 @@ def fit(path: Path, max_trajectories: int, max_bytes: int) -> Packed:
     packed = pack(sample)
     while packed.size > max_bytes and len(sample.records) > 1:
         keep = max(1, int(len(sample.records) * 0.97 * max_bytes / packed.size))
-        limit = sorted(ranks)[keep - 1]
-        kept = [place for place, rank in enumerate(ranks) if rank <= limit] if sorted(ranks)[0] < limit else list(range(keep))
-        kept = kept[:keep] if len(kept) >= len(ranks) else kept
-        sample, ranks = Sample([sample.records[place] for place in kept], sample.total, sample.num_damaged), [ranks[place] for place in kept]
+        kept = sorted(sorted(range(len(ranks)), key=lambda place: (ranks[place], place))[:keep])
+        sample = Sample([sample.records[place] for place in kept], sample.total, sample.num_damaged)
+        ranks = [ranks[place] for place in kept]
         packed = pack(sample)
     return packed
 

@@ -25,6 +25,18 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _shown(metrics: Mapping[str, Any]) -> list[str]:
+    """An evaluation for people: intervals behind their estimate, rates of what went wrong only when something did."""
+    numbers = {name: _json_number(value) for name, value in metrics.items() if not name.startswith("timing/")}
+    parts = []
+    for name, value in numbers.items():
+        if value is None or name.endswith(("_low", "_high", "_stderr", "_median", "distinct_answers")) or (name.endswith("_rate") and value == 0):
+            continue
+        low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+        parts.append(f"{name} {value:.4g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""))
+    return parts
+
+
 class RunLog:
     """Writer of a run folder's logs.
 
@@ -75,10 +87,7 @@ class RunLog:
         self._append(self._metrics, [{"step": step, "event": "eval", **metrics}])
         if self._trackers is not None:
             self._trackers.evaluation(step, metrics)
-        numbers = {name: _json_number(value) for name, value in metrics.items() if not name.startswith("timing/")}
-        # Rates of what went wrong are shown when something did.
-        shown = {name: value for name, value in numbers.items() if value is not None and not (name.endswith("_rate") and value == 0)}
-        self.say(f"evaluation after {step} steps:  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        self.say(f"evaluation after {step} steps:  " + "  ".join(_shown(metrics)))
 
     def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends readable rollouts; each record has a ``step``."""
@@ -127,7 +136,12 @@ def _keep_steps_before(path: Path, start_step: int) -> None:
     """Drops what a killed run wrote after its last checkpoint. An evaluation after ``start_step`` steps came before that checkpoint: it stays."""
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record["step"] < start_step + (start_step > 0 and record.get("event") == "eval")]
+
+    def is_done(record: dict[str, Any]) -> bool:
+        is_eval = record.get("event") == "eval" or record.get("source", "").startswith("eval/")
+        return record["step"] < start_step + (start_step > 0 and is_eval)
+
+    kept = [record for record in read_records(path) if is_done(record)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text(
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8", errors="surrogatepass"

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from openrl_reason.algorithms.collect import Collector, Rollouts
+from openrl_reason.algorithms.collect import FAILED, Rollouts, check_failures, readable
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.errors import WorkerError
 from openrl_reason.models.policy import ModelOutput
-from openrl_reason.tasks.base import TaskItem
+from openrl_reason.rewards.base import RewardResult
 
 LENGTHS = [3, 5, 2, 4, 6, 1]
 REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # two prompts with three siblings each
@@ -27,7 +27,10 @@ def rollouts(rewards=REWARDS, statuses=None):
         )
         for i, (n, r) in enumerate(zip(LENGTHS, rewards, strict=True))
     ]
-    return Rollouts(trajectories, [None] * len(trajectories), statuses or ["ok"] * len(trajectories))
+    statuses = statuses or ["ok"] * len(trajectories)
+    scores = [float("nan") if status in FAILED else reward for reward, status in zip(rewards, statuses, strict=True)]
+    results = [RewardResult(score, status, detail="because" * (status != "ok")) for score, status in zip(scores, statuses, strict=True)]
+    return Rollouts(trajectories, [None] * len(trajectories), results)
 
 
 def trainer(**algo):
@@ -156,7 +159,7 @@ def test_a_response_whose_grader_failed_is_counted_and_does_not_train():
     assert metrics["rollout/ungraded"] == 1 and batch.num_sequences == 5
     # The siblings are compared among themselves: 0 and 1, not 0, 0 and 1.
     assert [float(values[0]) for values in per_sequence(batch, batch.tokens["advantages"])][:2] == [-1.0, 1.0]
-    with pytest.raises(WorkerError, match="not one of 6 responses could be graded"):
+    with pytest.raises(WorkerError, match="6 of 6 rewards failed"):
         driver.credit(rollouts(REWARDS, ["error"] * 6))
 
 
@@ -169,35 +172,32 @@ def test_minibatches_partition_the_batch_and_keep_siblings_together():
     assert parts == driver._minibatches(batch, 0)
 
 
-class Silent:
-    """A pool that is never asked."""
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (lambda queries, prompts, labels, items: [1.0] * (len(queries) - 1), "5 rewards for 6 responses"),
-        (lambda queries, prompts, labels, items: 1 / 0, "ZeroDivisionError"),
-        (lambda queries, prompts, labels: [0.0] * len(queries), "TypeError"),
-        (lambda queries, prompts, labels, items: None, "TypeError"),
-        (lambda queries, prompts, labels, items: {"scores": []}, "KeyError"),
-    ],
-)
-def test_a_reward_function_that_fails_is_one_error_that_says_how_it_is_called(function, expected):
+def test_rewards_of_steps_reach_the_tokens_before_and_not_those_after():
+    """A token's advantage is the group's verdict on the total less what was earned before the token."""
     samples = rollouts()
-    for trajectory in samples.trajectories:
-        trajectory.info.update(prompt="1+1=?", response="2")
-    items = [TaskItem("id", "1+1=?", "2")] * 6
-    with pytest.raises((WorkerError, ConfigError), match=expected):
-        Collector(None, None, Silent(), None, function)._reward_by_function(samples.trajectories, items)
+    first = samples.trajectories[0]  # three tokens: two steps of one and two tokens
+    first.step_ids[first.action_mask] = [0, 1, 1]
+    first.rewards = np.array([0.25, 0.75], np.float32)
+    batch, _ = trainer(advantage="rloo").credit(samples)
+    tokens = per_sequence(batch, batch.tokens["advantages"])
+    assert tokens[0].tolist() == pytest.approx([1.0, 0.75, 0.75])
+    assert tokens[1].tolist() == [-0.5] * 5
 
 
-def test_a_reward_that_is_not_finite_is_a_counted_error_and_a_dict_of_rewards_is_taken():
-    samples = rollouts()
+def test_failures_stop_the_run_when_they_are_more_than_allowed_and_the_message_counts_them():
+    samples = rollouts(REWARDS, ["timeout", "timeout", "error", "ok", "ok", "no_answer"])
+    check_failures(samples, 0.5)
+    with pytest.raises(WorkerError, match=r"3 of 6 rewards failed \(.*timeout 2.*max_failed_rate is 0.49.*because") as error:
+        check_failures(samples, 0.49)
+    assert "no_answer 1" in str(error.value)
+
+
+def test_written_rollouts_hold_rewards_that_are_missing_as_null():
+    samples = rollouts(REWARDS, ["timeout", *["ok"] * 5])
     for trajectory in samples.trajectories:
-        trajectory.info.update(prompt="1+1=?", response="2")
-    rewards = [0.5, float("nan"), 1, float("inf"), 0, 0.25]
-    collector = Collector(None, None, Silent(), None, lambda queries, prompts, labels, items: {"rewards": rewards})
-    results = collector._reward_by_function(samples.trajectories, [TaskItem("id", "1+1=?", "2")] * 6)
-    assert [result.status for result in results] == ["ok", "error", "ok", "error", "ok", "ok"]
-    assert [result.score for result in results] == [0.5, 0.0, 1.0, 0.0, 0.0, 0.25]
+        trajectory.info.update(prompt="1+1=?", response="2", gold="2", parsed=None)
+    batch, _ = trainer(advantage="rloo").credit(samples)
+    records = readable(samples, 3, -1, batch=batch)
+    assert [record["reward"] for record in records] == [None, *REWARDS[1:]]
+    assert records[0]["status"] == "timeout" and records[0]["step"] == 3 and records[0]["detail"] == "because"
+    assert len(readable(samples, 3, 4)) == 4
