@@ -50,6 +50,12 @@ def _export(argv: Sequence[str], prog: str) -> None:
     export_checkpoint(parse_config(ExportConfig, argv, prog=prog))
 
 
+def _report(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.observe.report import parse_report_words, report
+
+    report(parse_report_words(argv, prog))
+
+
 def _make_model(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.models.make import MakeModelConfig, make
 
@@ -69,6 +75,7 @@ COMMANDS = {
     "sft": Command(_sft, "supervised fine-tuning on solutions"),
     "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy"),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals"),
+    "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
 }

@@ -205,11 +205,10 @@ def _entropy_collapse(train: Records) -> list[Alarm]:
 
 
 def _not_a_number(train: Records) -> list[Alarm]:
-    """A null in a metric that has values elsewhere; a metric that is null all along was never measured."""
+    """Nulls of metrics that every step has, also where there never was a value: such a run broke at its first step."""
     found = []
     for name in ("train/loss", "train/policy_loss", "train/grad_norm", "train/reward"):
         steps, y = series(train, name)
-        # A run that broke at its very first step has no value at all: for these that is an alarm as well.
         found += _relative("not_a_number", steps, ~np.isfinite(y), math.nan, name)
     return found
 

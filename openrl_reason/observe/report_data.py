@@ -292,7 +292,7 @@ def key_figures(run: Run) -> list[dict[str, Any]]:
         tiles.append(
             {
                 "label": "wall time",
-                "metric": "timing/step",
+                "metric": "",
                 "last": seconds,
                 "kind": "duration",
                 "note": "steps and evaluations, without start and export",

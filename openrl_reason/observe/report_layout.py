@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Cut off by the limit", ("response_length/clip_ratio",), "Unfinished is not the same as wrong.", True),
         Chart("Prompt length", ("prompt_length/*",), "Tokens."),
     ),
-    "Engine and trainer": (
+    "Engine": (
         Chart(
             "Difference of log-probs, mean",
             ("sampling/logprob_difference/mean",),
@@ -70,9 +70,10 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Sampling", ("sampling/*",)),
     ),
     "Time": (
-        Chart("Step time", ("timing/step", "timing/generate", "timing/update"), "Wall seconds."),
+        Chart("Step time", ("timing/step", "timing/generate", "timing/generate_busy", "timing/update"), "Wall seconds."),
         Chart("Throughput", ("perf/*tokens_per_second",), "Tokens per second."),
-        Chart("Parts of a step", ("timing/credit", "timing/grade", "timing/score", "timing/reference_wait", "timing/sync"), "Wall seconds."),
+        Chart("Parts of an update", ("timing/forward_backward", "timing/optimizer", "timing/sync"), "Wall seconds."),
+        Chart("Waiting and scoring", ("timing/credit", "timing/grade", "timing/score", "timing/reference_wait"), "Wall seconds."),
         Chart("Evaluation time", ("timing/evaluate",), "Wall seconds."),
     ),
 }

@@ -1,37 +1,85 @@
 // The page: header, figures, alarms, sections in order, and the mark that says when it stood.
 
-function tile(figure) {
-  const show = { share: percent, duration, number: (value) => format(value, 3) }[figure.kind];
-  const bounds = (pair) => pair && pair[0] !== null && h('span', { class: 'bounds' }, show(Math.max(pair[0], figure.kind === 'share' ? 0 : -Infinity)) + ' to ' + show(Math.min(pair[1], figure.kind === 'share' ? 1 : Infinity)));
+const SHOW = { share: percent, duration, number: (value) => format(value, 3) };
+// A metric's course in a few strokes.
+function sparkline(curve) {
+  if (!curve) return null;
+  const x = curve.mx || curve.x, y = curve.my || curve.y, n = y.length;
+  const step = Math.max(1, Math.floor(n / 120)), points = [];
+  for (let i = 0; i < n; i += step) {
+    let sum = 0, k = 0;
+    for (let j = i; j < Math.min(n, i + step); j++) if (y[j] !== null) { sum += y[j]; k++; }
+    if (k) points.push([x[i], sum / k]);
+  }
+  if (points.length < 3) return null;
+  const low = Math.min(...points.map((point) => point[1])), high = Math.max(...points.map((point) => point[1]));
+  if (low === high) return null;
+  const first = points[0][0], last = points[points.length - 1][0];
+  const path = points.map(([at, value], i) => (i ? 'L' : 'M') + ((at - first) / (last - first) * 100).toFixed(2) + ',' + (30 - (value - low) / (high - low) * 28).toFixed(2)).join('');
+  return h('svg:svg', { class: 'spark', viewBox: '0 0 100 32', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, h('svg:path', { d: path, 'vector-effect': 'non-scaling-stroke' }));
+}
+
+function tile(figure, curve) {
+  const show = SHOW[figure.kind];
+  const bounds = (pair) => pair && pair[0] !== null && h('span', { class: 'bounds' }, show(Math.max(pair[0], figure.kind === 'share' ? 0 : -Infinity)) + ' to ' + show(Math.min(pair[1], figure.kind === 'share' ? 1 : Infinity)) + ' (95 %)');
   const both = figure.first !== undefined && figure.first !== null;
   const delta = both ? figure.last - figure.first : 0;
   return h('div', { class: 'tile' }, h('div', { class: 'muted' }, visible(figure.label)),
     h('div', { class: 'figure' }, both && h('span', { class: 'from' }, show(figure.first), ' → '), show(figure.last)),
-    figure.bounds && h('div', { class: 'muted' }, '95 % interval ', bounds(figure.bounds[1])),
+    figure.bounds && h('div', { class: 'muted' }, bounds(figure.bounds[1])),
     both && figure.kind === 'share' && h('div', { class: 'delta' }, (delta >= 0 ? '▲ ' : '▼ ') + format(Math.abs(delta) * 100, 3) + ' points'),
-    h('div', { class: 'muted note' }, figure.note || ''));
+    h('div', { class: 'muted note' }, figure.note || ''),
+    sparkline(curve));
 }
 
+function factChips(run) {
+  return [h('p', { class: 'chips' }, run.facts.map(([name, value]) => h('span', { class: 'chip-fact' }, h('span', { class: 'muted' }, name + ' '), visible(value)))),
+    run.num_damaged > 0 && h('p', { class: 'muted' }, plural(run.num_damaged, 'line') + ' of metrics.jsonl could not be read and ' + (run.num_damaged === 1 ? 'was' : 'were') + ' left out.')];
+}
 function overview(data) {
   const runs = data.meta.runs;
-  return h('section', { id: 'overview' }, runs.map((run, r) => h('div', { class: 'run' },
-    runs.length > 1 && h('h3', {}, h('i', { class: 'swatch run-' + r }), visible(run.name)),
-    h('p', { class: 'chips' }, run.facts.map(([name, value]) => h('span', { class: 'chip-fact' }, h('span', { class: 'muted' }, name + ' '), visible(value)))),
-    run.num_damaged > 0 && h('p', { class: 'muted' }, plural(run.num_damaged, 'line') + ' of metrics.jsonl could not be read and ' + (run.num_damaged === 1 ? 'was' : 'were') + ' left out.'),
-    h('div', { class: 'tiles' }, run.figures.map(tile)))));
+  if (runs.length === 1) return h('section', { id: 'overview' }, h('h1', {}, visible(data.meta.title)), factChips(runs[0]), h('div', { class: 'tiles' }, runs[0].figures.map((figure) => tile(figure, data.curves[0][figure.metric]))));
+  const labels = [...new Set(runs.flatMap((run) => run.figures.map((figure) => figure.label)))];
+  const cell = (run, label) => {
+    const figure = run.figures.find((candidate) => candidate.label === label);
+    if (!figure) return h('td', {}, '–');
+    const show = SHOW[figure.kind];
+    return h('td', { title: figure.note }, figure.first !== undefined && figure.first !== null && h('span', { class: 'muted' }, show(figure.first) + ' → '), h('b', {}, show(figure.last)), figure.bounds && h('span', { class: 'muted' }, ' (' + show(figure.bounds[1][0]) + ' to ' + show(figure.bounds[1][1]) + ')'));
+  };
+  return h('section', { id: 'overview' }, h('h1', {}, visible(data.meta.title)), runs.map((run, r) => h('div', { class: 'run-line' }, h('h3', {}, h('i', { class: 'swatch run-' + r }), visible(run.name)), factChips(run))),
+    h('div', { class: 'scroll' }, h('table', { class: 'plain compare' }, h('tr', {}, h('th', {}, 'from the start to the end'), runs.map((run, r) => h('th', {}, h('i', { class: 'swatch run-' + r }), visible(run.name)))), labels.map((label) => h('tr', {}, h('td', {}, visible(label)), runs.map((run) => cell(run, label)))))),
+    h('p', { class: 'muted' }, 'Evaluations: first and last, with the 95 % interval of the last. Others: means over the first and last steps.'));
 }
 
+const SHOWN_ALARMS = 4;
 const ICONS = { critical: '!', warning: '!', notice: 'i' };
 function alarmSection(data) {
   const runs = data.meta.runs;
-  const all = runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
-  const steps = (alarm) => (alarm.first_step === alarm.last_step ? 'step ' + format(alarm.first_step) : 'steps ' + format(alarm.first_step) + ' to ' + format(alarm.last_step));
-  const item = ({ run, alarm }) => h('li', { class: 'alarm ' + alarm.severity }, h('span', { class: 'icon', 'aria-hidden': 'true' }, ICONS[alarm.severity]),
-    h('div', {}, h('div', {}, h('b', {}, alarm.title), ' ', h('span', { class: 'tag ' + alarm.severity }, alarm.severity), runs.length > 1 && h('span', { class: 'tag' }, visible(run.name)), ' ', h('span', { class: 'muted' }, steps(alarm) + (alarm.num_steps > 1 ? ', ' + plural(alarm.num_steps, 'record') : ''))),
-      h('div', {}, h('a', { href: '#', onclick: (event) => { event.preventDefault(); goToMetric(alarm.metric); } }, h('code', {}, alarm.metric)), ' ', alarm.value === null ? 'had no value' : ['reached ', h('b', {}, format(alarm.value))], h('span', { class: 'muted' }, ' (alarm: ' + alarm.threshold + ')')),
-      h('div', { class: 'advice' }, alarm.advice)));
+  // Several runs with the same trouble share an entry.
+  const found = new Map();
+  for (const run of runs) {
+    for (const alarm of run.alarms) {
+      const key = alarm.key + ' ' + alarm.metric;
+      if (!found.has(key)) found.set(key, []);
+      found.get(key).push({ run, alarm });
+    }
+  }
+  const all = [...found.values()];
+  const grave = ['critical', 'warning', 'notice'];
+  all.sort((a, b) => grave.indexOf(a[0].alarm.severity) - grave.indexOf(b[0].alarm.severity) || a[0].alarm.first_step - b[0].alarm.first_step);
+  const steps = (alarm) => (alarm.first_step === alarm.last_step ? 'step ' + format(alarm.first_step) : 'steps ' + format(alarm.first_step) + ' to ' + format(alarm.last_step)) + (alarm.num_steps > 1 ? ', ' + plural(alarm.num_steps, 'record') : '');
+  const worst = (alarm) => (alarm.value === null ? 'had no value' : ['reached ', h('b', {}, format(alarm.value))]);
+  const item = (entries) => {
+    const { alarm } = entries[0];
+    const link = h('a', { href: '#', onclick: (event) => { event.preventDefault(); goToMetric(alarm.metric); } }, h('code', {}, alarm.metric));
+    return h('li', { class: 'alarm ' + alarm.severity }, h('span', { class: 'icon', 'aria-hidden': 'true' }, ICONS[alarm.severity]),
+      h('div', {}, h('div', {}, h('b', {}, alarm.title), ' ', h('span', { class: 'tag ' + alarm.severity }, alarm.severity), runs.length === 1 && [' ', h('span', { class: 'muted' }, steps(alarm))]),
+        runs.length === 1 ? h('div', {}, link, ' ', worst(alarm), h('span', { class: 'muted' }, ' (alarm: ' + alarm.threshold + ')'))
+          : [h('div', {}, link, h('span', { class: 'muted' }, ' (alarm: ' + alarm.threshold + ')')), entries.map((entry) => h('div', {}, h('i', { class: 'swatch run-' + runs.indexOf(entry.run) }), visible(entry.run.name) + ' ', worst(entry.alarm), h('span', { class: 'muted' }, ', ' + steps(entry.alarm))))],
+        h('div', { class: 'advice' }, alarm.advice)));
+  };
   const checks = h('details', {}, h('summary', {}, 'What was checked (' + data.meta.checks.length + ' rules)'), h('table', { class: 'plain' }, h('tr', {}, ['alarm', 'metric', 'threshold'].map((name) => h('th', {}, name))), data.meta.checks.map((check) => h('tr', {}, h('td', {}, check.title), h('td', {}, h('code', {}, check.metric)), h('td', {}, check.threshold)))));
-  return h('section', { id: 'alarms' }, h('h2', {}, all.length ? plural(all.length, 'alarm') : 'No alarms'), all.length ? h('ul', { class: 'alarms' }, all.map(item)) : h('p', { class: 'calm' }, '✓ Nothing in the metrics asks for attention.'), checks);
+  return h('section', { id: 'alarms' }, h('h2', {}, all.length ? plural(all.length, 'alarm') : 'No alarms'), all.length ? [h('ul', { class: 'alarms' }, all.slice(0, SHOWN_ALARMS).map(item)), all.length > SHOWN_ALARMS && h('details', {}, h('summary', {}, plural(all.length - SHOWN_ALARMS, 'more alarm')), h('ul', { class: 'alarms' }, all.slice(SHOWN_ALARMS).map(item)))] : h('p', { class: 'calm' }, '✓ Nothing in the metrics asks for attention.'), checks);
 }
 function goToMetric(metric) {
   const figure = [...document.querySelectorAll('figure[data-metrics]')].find((candidate) => candidate.dataset.metrics.split(' ').includes(metric));
@@ -75,7 +123,7 @@ function topBar(data, sections) {
   const label = h('output', { for: 'smoothing' });
   const apply = (redraw) => {
     state.smoothing = windows[Number(slider.value)];
-    label.textContent = state.smoothing ? 'over ~' + plural(state.smoothing, 'step') : 'off';
+    label.textContent = state.smoothing ? '~' + plural(state.smoothing, 'step') : 'off';
     if (redraw) redrawAll();
   };
   slider.value = most >= 30 ? '3' : '0';
@@ -83,7 +131,7 @@ function topBar(data, sections) {
   slider.addEventListener('input', () => apply(true));
   const legend = runs.length > 1 && h('div', { class: 'run-legend' }, runs.map((run, r) => h('label', {}, h('input', { type: 'checkbox', checked: true, onchange: (event) => { if (event.target.checked) state.hidden.delete(r); else state.hidden.add(r); redrawAll(); } }), h('i', { class: 'swatch run-' + r }), visible(run.name))));
   const reset = h('button', { type: 'button', id: 'zoom-reset', hidden: true, onclick: resetRange }, 'all steps');
-  return [h('div', { class: 'bar' }, h('nav', {}, sections.map((section) => h('a', { href: '#' + section.id, onclick: (event) => { event.preventDefault(); section.scrollIntoView(); } }, section.dataset.short || (section.querySelector('h2') ? section.querySelector('h2').textContent : 'Overview')))),
+  return [h('div', { class: 'bar' }, h('nav', {}, sections.map((section) => h('a', { href: '#' + section.id, onclick: (event) => { event.preventDefault(); section.scrollIntoView(); } }, section.querySelector('h2') ? section.querySelector('h2').textContent : 'Overview'))),
     h('div', { class: 'tools' }, reset, h('label', { class: 'smooth' }, 'smoothing', slider, label), h('button', { type: 'button', onclick: toggleTheme, title: 'light or dark', 'aria-label': 'switch between light and dark' }, '◐'))), legend];
 }
 
@@ -97,7 +145,9 @@ async function start() {
   const main = document.getElementById('main');
   const sections = [overview(data), alarmSection(data), ...chartSections(data), distributionSection(data), trajectorySection(data), configSection(data)].filter(Boolean);
   append(document.getElementById('top'), topBar(data, sections));
-  append(main, [h('h1', {}, visible(data.meta.title)), sections]);
+  append(main, sections);
+  const bar = document.getElementById('top');
+  new ResizeObserver(() => { root.style.scrollPaddingTop = (bar.offsetHeight + 8) + 'px'; }).observe(bar);
   append(document.getElementById('foot'), ['openrl_reason ' + data.meta.version + ', written ' + data.meta.written + '. Drag in a chart to zoom into steps; all charts follow; double-click to go back.']);
   themeListeners.push(() => { paintRuns(data.meta.runs); redrawAll(); });
   paintRuns(data.meta.runs);

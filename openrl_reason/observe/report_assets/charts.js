@@ -83,7 +83,7 @@ function smooth(x, y, window) {
   return out;
 }
 
-function tracesOf(curve, name, hue, dash, share, smoothing) {
+function tracesOf(curve, name, hue, dash, share, smoothing, quiet) {
   const shown = share ? '.3~%' : '.4~g';
   const few = curve.x.length <= 40;
   const traces = [];
@@ -92,7 +92,7 @@ function tracesOf(curve, name, hue, dash, share, smoothing) {
     traces.push({ ...edge, y: curve.low }, { ...edge, y: curve.high, fill: 'tonexty', fillcolor: faded(hue, 0.16) });
   }
   const smoothed = smoothing > 0 && !curve.eval && curve.x.length > 8;
-  const line = { x: curve.x, y: curve.y, name, mode: few ? 'lines+markers' : 'lines', connectgaps: few, marker: { size: few ? 5 : 3 }, line: { color: hue, width: smoothed ? 1 : 1.6, dash } };
+  const line = { x: curve.x, y: curve.y, name, mode: few && !quiet ? 'lines+markers' : 'lines', connectgaps: few, marker: { size: few ? 5 : 3 }, line: { color: hue, width: smoothed ? 1 : 1.6, dash } };
   if (!smoothed) {
     traces.push({ ...line, hovertemplate: '%{y:' + shown + '}' });
     return traces;
@@ -136,7 +136,7 @@ function metricCard(chart, data) {
     for (const part of present) {
       if (state.hidden.has(part.r)) continue;
       const label = several ? runs[part.r].name + (chart.metrics.length > 1 ? ' · ' + shortName(part.metric, chart) : '') : shortName(part.metric, chart);
-      traces.push(...tracesOf(part.curve, plain(label), hue(part), dash(part), chart.share, state.smoothing));
+      traces.push(...tracesOf(part.curve, plain(label), hue(part), dash(part), chart.share, state.smoothing, several && part.m > 0));
     }
     let most = 0;
     for (const part of present) for (const value of part.curve.y) most = Math.max(most, Math.abs(value || 0));
@@ -184,8 +184,10 @@ function shortName(metric, chart) {
   while (shared < parts[0].length - 1 && parts.every((part) => part[shared] === parts[0][shared])) shared++;
   return metric.split('/').slice(shared).join('/').replace(/_/g, ' ');
 }
+// Where an alarm held is shaded, as long as one run is drawn: of several, nobody could tell whose it was.
 function alarmShapes(chart, runs) {
   const shapes = [];
+  if (runs.length - state.hidden.size !== 1) return shapes;
   runs.forEach((run, r) => {
     if (state.hidden.has(r)) return;
     for (const alarm of run.alarms) {

@@ -31,6 +31,11 @@ function append(element, children) {
   for (const child of children.flat(Infinity)) if (child !== null && child !== undefined && child !== false) element.append(child);
 }
 
+function fill(element, ...children) {
+  element.replaceChildren();
+  append(element, children);
+}
+
 // Text of models made safe to look at: control characters get their pictures, and bidi controls a name instead of power over the line.
 function visible(text) {
   return text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f]/g, (c) => (c === '\u007f' ? '\u2421' : String.fromCharCode(0x2400 + c.charCodeAt(0))))

@@ -98,15 +98,26 @@ function drawHistogram(Plotly, plot, legend, rows, choice, valueOf) {
   let low = Infinity, high = -Infinity;
   for (const value of all) { low = Math.min(low, value); high = Math.max(high, value); }
   const distinct = new Set(all).size;
+  const hues = [cssColor('early'), cssColor('late')];
+  const labels = ['steps ' + first + '–' + Math.round(first + span), 'steps ' + Math.round(last - span) + '–' + last];
+  fill(legend, all.length > 0 && labels.map((label, i) => h('span', {}, h('i', { class: 'swatch', style: { background: faded(hues[i], 0.6), outline: '1px solid ' + hues[i] } }), (i ? 'late, ' : 'early, ') + label + ' (' + count([early, late][i].length) + ')')));
+  plot.style.height = '210px';
+  if (all.length && distinct <= 8) return drawFew(Plotly, plot, [early, late], hues, labels);
   const bins = Math.min(30, Math.max(distinct, 1));
   const size = distinct > 1 ? (high - low) / Math.max(1, bins - 1) : 1;
   const xbins = { start: low - size / 2, end: high + size / 2 * 1.001, size };
-  const hues = [cssColor('early'), cssColor('late')];
-  const labels = ['steps ' + first + '–' + Math.round(first + span), 'steps ' + Math.round(last - span) + '–' + last];
   const traces = [early, late].map((x, i) => ({ type: 'histogram', x, xbins, histnorm: 'probability', name: labels[i], marker: { color: faded(hues[i], 0.6), line: { color: hues[i], width: 1 } }, hovertemplate: '%{y:.1%}' }));
-  legend.replaceChildren(...(all.length ? labels.map((label, i) => h('span', {}, h('i', { class: 'swatch', style: { background: faded(hues[i], 0.6), outline: '1px solid ' + hues[i] } }), (i ? 'late, ' : 'early, ') + label + ' (' + count([early, late][i].length) + ')')) : []));
-  plot.style.height = '210px';
-  return Plotly.react(plot, all.length ? traces : [], baseLayout({ barmode: 'overlay', bargap: 0.06, yaxis: { tickformat: '.0%' }, annotations: all.length ? [] : [nothing()] }), PLOT_CONFIG);
+  return Plotly.react(plot, all.length ? traces : [], baseLayout({ barmode: 'overlay', bargap: 0.06, yaxis: { tickformat: '~%' }, annotations: all.length ? [] : [nothing()] }), PLOT_CONFIG);
+}
+
+// A handful of values (rewards are often 0 or 1): a pair of bars each.
+function drawFew(Plotly, plot, samples, hues, labels) {
+  const values = [...new Set(samples.flat())].sort((a, b) => a - b);
+  const traces = samples.map((sample, i) => ({
+    type: 'bar', x: values.map((value) => format(value)), y: values.map((value) => (sample.length ? sample.filter((other) => other === value).length / sample.length : 0)), name: labels[i],
+    marker: { color: faded(hues[i], 0.6), line: { color: hues[i], width: 1 } }, hovertemplate: '%{y:.1%}',
+  }));
+  return Plotly.react(plot, traces, baseLayout({ barmode: 'group', bargap: 0.35, xaxis: { type: 'category' }, yaxis: { tickformat: '~%' } }), PLOT_CONFIG);
 }
 
 function picker(label, options, value, changed) {

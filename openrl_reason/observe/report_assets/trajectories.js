@@ -63,8 +63,8 @@ function trajectorySection(data) {
   reader.form = filterForm(runs, which);
   document.addEventListener('keydown', onKey);
   return h('section', { id: 'trajectories' }, h('h2', {}, 'Trajectories'),
-    h('p', { class: 'muted' }, sampleNote(runs, which), ' Keys: ', kbd('j'), ' ', kbd('k'), ' next and previous, ', kbd('['), ' ', kbd(']'), ' siblings, ', kbd('c'), ' colours, ', kbd('/'), ' search.'),
-    reader.form.element, h('div', { class: 'reader' }, h('div', { class: 'side' }, reader.countLine, reader.list), reader.detail));
+    h('p', { class: 'muted' }, sampleNote(runs, which), ' ', h('span', { class: 'keys' }, 'Keys: ', kbd('j'), ' ', kbd('k'), ' next and previous, ', kbd('['), ' ', kbd(']'), ' siblings, ', kbd('c'), ' colours, ', kbd('/'), ' search.')),
+    h('details', { open: window.innerWidth > 860, class: 'filter-box' }, h('summary', {}, 'Filter and sort'), reader.form.element), h('div', { class: 'reader' }, h('div', { class: 'side' }, reader.countLine, reader.list), reader.detail));
 }
 function kbd(key) { return h('kbd', {}, key); }
 
@@ -156,9 +156,9 @@ function groupHeader(part, i) {
   return h('div', { class: 'group' }, h('b', {}, 'step ' + part.step[i]), ' ', part.source_names[part.source[i]] !== 'train' && h('span', { class: 'tag' }, visible(part.source_names[part.source[i]])),
     h('span', { class: 'muted name' }, visible(part.task_ids[part.group[i]].slice(0, 16))), rewards.length > 1 && h('span', { class: 'muted right' }, rewards.length + ' × mean ' + format(mean, 3)));
 }
-function row(part, i) {
+function row(part, i) { // a button: the list works with a keyboard alone
   const status = part.status_names[part.status[i]], stop = part.stop_reason_names[part.stop_reason[i]];
-  return h('button', { type: 'button', class: 'row', role: 'option', 'data-i': i, 'aria-selected': String(i === reader.at), onclick: () => showTrajectory(i) },
+  return h('button', { type: 'button', class: 'row', role: 'option', 'data-i': i, 'aria-selected': String(i === reader.at), onclick: () => { showTrajectory(i); if (window.innerWidth <= 860) reader.detail.scrollIntoView(); } },
     rewardPill(part.reward[i]), h('span', { class: 'preview', dir: 'auto' }, visible(part.preview[i]) || '(empty)'),
     h('span', { class: 'meta' }, !reader.grouped && 'step ' + part.step[i] + ' · ', part.length[i] === null ? '' : count(part.length[i]) + ' tok', stop === 'length' && ' · cut', status && status !== 'ok' && h('span', { class: 'tag warn' }, visible(status))));
 }
@@ -214,7 +214,7 @@ function renderDetail(part, i, entry) {
   const facts = [['step', String(part.step[i])], ['source', part.source_names[part.source[i]]], ['status', status], ['stopped by', stop], ['tokens', part.length[i] === null ? '' : count(part.length[i])], ['policy version', part.version[i] === null ? '' : String(part.version[i])]];
   const answers = [['gold', entry.gold], ['parsed', entry.parsed], ['detail', entry.detail]].filter(([, value]) => value);
   const terms = Object.entries(entry.terms || {});
-  reader.detail.replaceChildren(
+  fill(reader.detail,
     h('div', { class: 'detail-head' }, rewardPill(part.reward[i]), h('span', { class: 'facts' }, facts.filter(([, value]) => value).map(([name, value]) => h('span', {}, h('span', { class: 'muted' }, name + ' '), visible(value)))),
       h('span', { class: 'buttons' }, h('button', { class: 'small', type: 'button', onclick: () => move(-1), title: 'previous (k)' }, '↑'), h('button', { class: 'small', type: 'button', onclick: () => move(1), title: 'next (j)' }, '↓'))),
     siblings.length > 1 && h('div', { class: 'siblings' }, h('span', { class: 'muted' }, 'same prompt '), siblings.map((j) => h('button', { type: 'button', class: 'chip', 'aria-current': String(j === i), onclick: () => showTrajectory(j) }, rewardPill(part.reward[j])))),
@@ -233,7 +233,7 @@ function responseBlock(entry) {
   if (!channels.includes(reader.colour) && reader.colour !== 'none') reader.effective = channels[0] || 'none';
   else reader.effective = reader.colour;
   const holder = h('div', {});
-  const draw = () => holder.replaceChildren(...renderResponse(entry, holder, false));
+  const draw = () => fill(holder, renderResponse(entry, holder, false));
   const choose = channels.length > 0 && h('label', {}, 'colour by', h('select', { id: 'colour', onchange: (event) => { reader.colour = reader.effective = event.target.value; remember('colour', reader.colour); draw(); } },
     [...channels, 'none'].map((name) => h('option', { value: name, selected: name === reader.effective }, CHANNELS[name] || 'nothing'))));
   const own = channels.length > 0 && h('label', { class: 'check', title: 'full colour at the largest value of this response, instead of a scale for the whole run' }, h('input', { type: 'checkbox', checked: reader.own, onchange: (event) => { reader.own = event.target.checked; draw(); } }), 'scale to this response');
@@ -245,7 +245,7 @@ function renderResponse(entry, holder, everything) {
   const name = reader.effective, values = name === 'none' ? null : entry.data[name];
   if (!entry.tokens) {
     const text = entry.response || '', long = !everything && text.length > 6 * LONG;
-    return [h('div', { class: 'text', dir: 'auto' }, visible(long ? text.slice(0, 5 * LONG) : text) || '(empty)'), long && moreButton(entry, holder, count(text.length - 5 * LONG) + ' more characters')].filter(Boolean);
+    return [h('div', { class: 'text', dir: 'auto' }, visible(long ? text.slice(0, 5 * LONG) : text) || '(empty)'), long && moreButton(entry, holder, count(text.length - 5 * LONG) + ' more characters')];
   }
   let limit = reader.data.meta.runs[reader.run].trajectories.scales[name] || 0;
   if (reader.own && values) limit = values.reduce((most, value) => (Number.isFinite(value) ? Math.max(most, Math.abs(value)) : most), 0);
@@ -264,9 +264,9 @@ function renderResponse(entry, holder, everything) {
   box.addEventListener('pointerover', (event) => showTip(event, entry));
   box.addEventListener('pointerdown', (event) => showTip(event, entry));
   box.addEventListener('pointerleave', hideTip);
-  return [values && colourLegend(name, limit), values && profile(entry, name, starts, n, box), box, n < entry.tokens.length && moreButton(entry, holder, count(entry.tokens.length - n) + ' more tokens')].filter(Boolean);
+  return [values && colourLegend(name, limit), values && profile(entry, name, starts, n, box), box, n < entry.tokens.length && moreButton(entry, holder, count(entry.tokens.length - n) + ' more tokens')];
 }
-function moreButton(entry, holder, text) { return h('button', { type: 'button', class: 'more', onclick: () => holder.replaceChildren(...renderResponse(entry, holder, true)) }, 'show ' + text); }
+function moreButton(entry, holder, text) { return h('button', { type: 'button', class: 'more', onclick: () => fill(holder, renderResponse(entry, holder, true)) }, 'show ' + text); }
 
 // The channel along the response, as bars from zero; click to go to the token.
 function profile(entry, name, starts, n, box) {
@@ -294,7 +294,7 @@ function profile(entry, name, starts, n, box) {
 function diverging(value, limit) {
   if (!Number.isFinite(value) || !limit) return 'transparent';
   const strength = Math.min(1, Math.abs(value) / limit);
-  return 'color-mix(in srgb, var(--' + (value > 0 ? 'positive' : 'negative') + ') ' + (75 * strength).toFixed(1) + '%, transparent)';
+  return 'color-mix(in srgb, var(--' + (value > 0 ? 'positive' : 'negative') + ') ' + (85 * strength).toFixed(1) + '%, transparent)';
 }
 function colourLegend(name, limit) {
   const stops = [-1, -0.5, 0, 0.5, 1].map((place) => diverging(place * limit, limit)).join(',');
