@@ -16,7 +16,7 @@ from openrl_reason.tasks.grade_extract import last_boxed
 _WRAPPED = r"(?:\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{|[\s*$({\[\"'`]){0,8}"
 _END = r"(?:[\s*$)}\].:,;!?\"'`]|$)"
 _STATEMENTS = re.compile(
-    r"(?P<mark>####)|(?P<finish>\bFinish\[)|(?P<is>\b(?:answer|correct (?:option|choice))\s{0,3}(?:is|:|=)[\s:]{0,8})", re.IGNORECASE
+    r"(?P<mark>####)|(?P<finish>\bFinish\[)|(?P<is>\b(?:answer|correct (?:option|choice))\s{0,3}(?:is\b|:|=)[\s:]{0,8})", re.IGNORECASE
 )
 _LETTER = re.compile(rf"{_WRAPPED}(?:(?:option|choice)\s)?{_WRAPPED}(?P<letter>[A-Z])(?![A-Za-z0-9'\u2019]){_WRAPPED}", re.DOTALL)
 _OTHER_LETTER = re.compile(r"[\s*$)}\].]{0,8}(?:,|;|/|&|\bor\b|\band\b)\s{0,3}[\s*$({\[\\a-z]{0,12}(?:[A-Z](?![A-Za-z]))")

@@ -11,7 +11,7 @@ import re
 MAX_ANSWER = 2000
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])")
-_ANSWER_IS = re.compile(r"answer\s{0,3}(?:is|:|=)[\s:]{0,8}", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"answer\s{0,3}(?:is\b|:|=)[\s:]{0,8}", re.IGNORECASE)
 _NEXT_WORD = re.compile(r"\s*+(\\[A-Za-z]++|[^\s{}$\\]++)")
 
 

@@ -1,6 +1,8 @@
 """Answers are read strictly, compared exactly, and never evaluated."""
 
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +11,7 @@ from openrl_reason.tasks.graders import (
     GradeResult,
     as_result,
     canonical_number,
+    check_gold,
     check_kind,
     final_number,
     grade_final_number,
@@ -113,3 +116,35 @@ def test_kinds_are_checked_without_importing_anything(tmp_path):
     for kind in ("gsm8", "", ":f", "module:", "module:not a name", f"{tmp_path}/absent.py:f"):
         with pytest.raises(ValueError, match="grader"):
             check_kind(kind)
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest_and_a_short_list():
+    for kind in ("choice2", "choice26", "math", "math_lenient", "gsm8k_parity", "math_parity", "text", "yes_no"):
+        check_kind(kind)
+    with pytest.raises(ValueError, match=r"grader 'mathh' is unknown \(did you mean 'math'\?\)\. Use .*choice2 to choice26") as error:
+        check_kind("mathh")
+    assert "choice13" not in str(error.value)
+    for kind in ("choice1", "choice27", "choice", "choiceA"):
+        with pytest.raises(ValueError, match="unknown"):
+            check_kind(kind)
+
+
+def test_a_gold_answer_that_nothing_can_match_is_refused_when_the_data_are_loaded():
+    for kind, gold in [("gsm8k", "72"), ("choice4", "d"), ("yes_no", "Yes"), ("math", "x"), ("text", "a"), ("some.module:function", "")]:
+        check_gold(kind, gold)
+    for kind, gold in [
+        ("gsm8k", "x"),
+        ("choice4", "E"),
+        ("yes_no", "maybe"),
+        ("math", " "),
+        ("text", "."),
+        ("math_parity", ""),
+        ("gsm8k_parity", ""),
+    ]:
+        with pytest.raises(ValueError, match="gold"):
+            check_gold(kind, gold)
+
+
+def test_the_registry_imports_nothing_heavy():
+    code = "import sys, openrl_reason.tasks.graders; print([m for m in ('sympy', 'mpmath', 'math_verify', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
