@@ -19,7 +19,7 @@ SAMPLE = ("prompt", "response", "query", "label", "gold", "item", "info", "steps
 COLUMNS = ("prompts", "completions")
 _GOLD_COLUMNS = ("gold", "labels", "label", "answer", "ground_truth", "solution")
 """Names under which a columns function finds the gold answer, where the item has no column of that name."""
-_TELL_TALE = {"batch": {"queries", "prompts", "labels"}, "sample": {"prompt", "response", "query", "label", "gold", "item", "info"}}
+_TELL_TALE = {"batch": {"queries", "prompts", "labels", "responses", "items", "infos"}, "sample": set(SAMPLE)}
 Emit = Callable[[int, RewardResult], None]
 
 
@@ -38,7 +38,7 @@ class BoundFunction:
         self.needed = [p.name for p in named if p.default is p.empty and p.name not in self.options]
         self.form = self._find_form() if form == "auto" else form
         # OpenRLHF passes its three lists by position, so there they may have any names.
-        self.by_position = self.form == "batch" and not _TELL_TALE["batch"] & set(self.names) and len(self.names) >= 3
+        self.by_position = self.form == "batch" and not set(BATCH) & set(self.names[:3]) and len(self.names) >= 3
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
         self._check()
 

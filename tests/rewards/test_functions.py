@@ -283,6 +283,9 @@ def test_what_cannot_be_loaded_or_called_is_refused_at_once(load, tmp_path):
 
 
 def test_the_form_can_be_set_and_three_lists_may_have_any_names(load):
+    named = "def reward(q, p, a, items=None):\n    return [float(item.gold) for item in items]\n"
+    assert score_all(load(named), [make_sample("x", "3")])[0].score == 3.0
+    assert score_all(load("def reward(responses, items, steps):\n    return [1.0]\n"), [make_sample("x")])[0].score == 1.0
     assert score_all(load("def reward(q, p, a):\n    return [1.0 for _ in q]\n"), [make_sample("x")] * 2)[1].score == 1.0
     assert score_all(load("def reward(**kwargs):\n    return float(kwargs['response'] == 'x')\n", form="sample"), [make_sample("x")])[0].score == 1.0
     assert score_all(load("async def reward(queries, prompts, labels):\n    return [2.0] * len(queries)\n"), [make_sample("x")])[0].score == 2.0
