@@ -89,12 +89,67 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) 
     parser.add_argument("--config", action="config", help="YAML file; later flags override it, and a later --config an earlier one")
     parser.add_class_arguments(config_class)
     flags = flag_names(config_class)
+    for file in _config_files(argv):
+        _refuse_repeated_keys(file)
+    parsed = None
     try:
-        config = parser.instantiate(parser.parse_args(_spell_out_switches(argv, flags)))
+        parsed = parser.parse_args(_spell_out_switches(argv, flags))
+        config = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(_explain(str(error), flags)) from None
+    except ConfigError as error:
+        raise ConfigError(_with_group(str(error), config_class, parsed)) from None
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_class)}
     return config_class(**fields)
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    following = [word for flag, word in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    joined = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    return [path for path in map(Path, following + joined) if path.is_file()]
+
+
+def _refuse_repeated_keys(file: Path) -> None:
+    """YAML readers keep the last of two equal keys and say nothing."""
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return  # the parser reports it, with the place
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                if key.value in lines:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{file}:{line}: {key.value!r} is set a second time (first on line {lines[key.value]}): keep one of them")
+                lines[key.value] = key.start_mark.line + 1
+                nodes.append(value)
+
+
+def _with_group(message: str, config_class: type, values: Any, prefix: str = "") -> str:
+    """The message of a nested config's own check, led by the group it comes from, which the nested class cannot know."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, group = hints[field.name], prefix + field.name
+        if not dataclasses.is_dataclass(kind) or values is None or message.startswith("--") or group in message:
+            continue
+        own = values[field.name]
+        found = _with_group(message, kind, own, group + ".")
+        if found != message:
+            return found
+        try:
+            names = {one.name: one for one in dataclasses.fields(kind)}
+            kind(**{name: own[name] for name in names if not dataclasses.is_dataclass(typing.get_type_hints(kind)[name])})
+        except ConfigError as error:
+            if str(error) == message:
+                return f"--{group}: {message}"
+        except (TypeError, KeyError, AttributeError):
+            continue
+    return message
 
 
 def to_dict(config: Any) -> dict[str, Any]:

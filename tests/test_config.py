@@ -133,3 +133,20 @@ def test_every_openrl_reason_command_of_readme_docs_and_scripts_has_flags_that_e
             parse_config(classes[command], words, prog="test")
             found += 1
     assert found >= 5, "the commands were not found: has their form changed?"
+
+
+def test_a_nested_settings_own_check_is_led_by_its_group():
+    from openrl_reason.algorithms.reinforce_config import ReinforceConfig
+
+    with pytest.raises(ConfigError, match="^--sampling: top_p is 7"):
+        parse_config(ReinforceConfig, ["--sampling.top_p", "7"], prog="test")
+    with pytest.raises(ConfigError, match="^rollout.block_size is 3"):
+        parse_config(ReinforceConfig, ["--rollout.block_size", "3"], prog="test")
+
+
+def test_a_key_that_is_set_twice_in_a_file_is_refused_with_both_lines(tmp_path):
+    from openrl_reason.algorithms.reinforce_config import ReinforceConfig
+
+    (tmp_path / "run.yaml").write_text("prompts_per_step: 8\npolicy: {lr: 1e-6}\nprompts_per_step: 16\n")
+    with pytest.raises(ConfigError, match=r"run.yaml:3: 'prompts_per_step' is set a second time \(first on line 1\)"):
+        parse_config(ReinforceConfig, ["--config", str(tmp_path / "run.yaml")], prog="test")
