@@ -206,10 +206,11 @@ def test_training_questions_among_the_items_are_refused(tmp_path):
                 refuse_leaks(sets)
 
 
-def test_the_yaml_of_the_docs_is_a_config(tmp_path, monkeypatch):
-    page = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
-    (tmp_path / "evaluation.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)[1])
+def test_the_yaml_of_the_docs_and_its_command_give_a_config(tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text()
+    (tmp_path / "evaluation.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     (tmp_path / "hard_ids.txt").write_text("a\n")
     monkeypatch.chdir(tmp_path)
-    config = parse_config(EvaluateConfig, ["--config", "evaluation.yaml"], prog="test")
+    words = re.search(r"^\$ openrl-reason evaluate (--config .*)$", text, re.MULTILINE)[1].split()
+    config = parse_config(EvaluateConfig, words, prog="test")
     assert [one.name for one in config.sets] == ["gsm8k", "math-hard"] and config.sets[1].wanted_ids() == ["a"]
