@@ -25,7 +25,7 @@ def build_rewarder(
     grader: GraderPool,
     tokenizer: Any = None,
     reward_function: Callable[..., Any] | None = None,
-    judge: Rewarder | None = None,
+    make_judge: Callable[[RewardTermConfig], Rewarder] | None = None,
 ) -> Rewarder:
     """The rewards that ``config`` describes. Functions are loaded here, each in its first process.
 
@@ -33,7 +33,7 @@ def build_rewarder(
         grader: grades for the term "task"; closing the rewards leaves it open.
         tokenizer: for judges.
         reward_function: a Python callable instead of the config's terms; it runs in a thread of this process, and cannot be killed.
-        judge: the judge of the term "judge", made beforehand; without it ``rewards.judge`` makes one.
+        make_judge: makes the source of each term "judge"; without it ``rewards.judge.build_judge(term, config, task=, tokenizer=)`` does.
 
     Raises:
         ConfigError: a file, module or function that does not exist or does not import, or whose parameters do not say how to call it.
@@ -48,7 +48,8 @@ def build_rewarder(
         else:
             terms = []
             for term in config.all_terms:
-                source = judge if term.source == "judge" and judge is not None else _source(term, config, task, grader, tokenizer)
+                is_made = term.source == "judge" and make_judge is not None
+                source = make_judge(term) if is_made else _source(term, config, task, grader, tokenizer)
                 stack.callback(source.close)
                 terms.append((term, source))
         stack.pop_all()

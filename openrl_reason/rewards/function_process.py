@@ -112,8 +112,12 @@ class ProcessPlace:
     def receive(self) -> tuple[int, RewardResult]:
         """The next result. Raises Late after the deadline without one, Lost at the end of the process."""
         # An async call ends by itself at its deadline; the process is killed if it does not.
-        _, index, fields = self._read(self.settings.deadline_s + (1.0 if self.is_async else 0.0))
-        return index, from_wire(fields)
+        message = self._read(self.settings.deadline_s + (1.0 if self.is_async else 0.0))
+        try:
+            _, index, fields = message
+            return index, from_wire(fields)
+        except (TypeError, ValueError):  # the user's code wrote into the pipe
+            raise Lost from None
 
     def _write(self, text: str, timeout_s: float) -> None:
         data = memoryview((text + "\n").encode())
@@ -136,7 +140,10 @@ class ProcessPlace:
                 raise Lost
             *lines, self._buffer = (self._buffer + data).split(b"\n")
             self._lines.extend(lines)
-        return json.loads(self._lines.popleft())
+        try:
+            return json.loads(self._lines.popleft())
+        except ValueError:  # as above
+            raise Lost from None
 
     def kill(self) -> None:
         """Kill the process and everything it started. Safe from any thread, and at any time."""
@@ -151,7 +158,7 @@ class ProcessPlace:
         with self._reaping:
             code = self.process.wait()
         self._close()
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return f"was killed by {signal.strsignal(-code) or -code}" if code < 0 else f"exited with status {code}"
 
     def _close(self) -> None:
         if not self._closed:

@@ -7,6 +7,7 @@ process is replaced, and everything else goes on.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -85,6 +86,7 @@ class _Shared:
     def __init__(self, make_place: Callable[[], Place], what: str, workers: int) -> None:
         self.make_place, self.what, self.workers = make_place, what, workers
         self.fills_batches, self.all_or_nothing, self.batch_size = False, False, 1
+        self.owner = os.getpid()
         self.changed = threading.Condition()
         self.queue: deque[_Request] = deque()
         self.due = 0  # so many at the head of the queue may start
@@ -262,6 +264,8 @@ class _Shared:
                 request.future.set_exception(WorkerError(self.broken or f"{self.what} was closed before this response had its reward"))
 
     def close(self) -> None:
+        if os.getpid() != self.owner:  # a forked child's exit must not end its parent's processes
+            return
         with self.changed:
             if self.closed:
                 return

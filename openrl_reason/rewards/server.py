@@ -98,15 +98,17 @@ class ServerRewards:
         future: Future[RewardResult] = Future()
         with self._lock:
             self._filling.append((sample, future))
-            full = len(self._filling) >= self._batch_size
-        if full:
-            self.flush()
+            if len(self._filling) >= self._batch_size:
+                self._post()
         return future
 
     def flush(self) -> None:
         """Send what has gathered."""
         with self._lock:
-            batch, self._filling = self._filling, []
+            self._post()
+
+    def _post(self) -> None:
+        batch, self._filling = self._filling, []
         if batch:
             self._shared.post(batch)
 
@@ -132,7 +134,7 @@ class _Shared:
         self.lock = threading.Lock()
         self.inbox: deque[list[_Request]] = deque()
         self.closed = False
-        self.pid = os.getpid()
+        self.owner = os.getpid()
         self.random = random.Random()
         self.order = 0
         self.loop = asyncio.new_event_loop()
@@ -150,12 +152,13 @@ class _Shared:
             self.loop.call_soon_threadsafe(self.wake.set)
 
     def close(self) -> None:
+        if os.getpid() != self.owner:  # in a forked child there is no such thread
+            return
         with self.lock:
             if self.closed:
                 return
             self.closed = True
-            if os.getpid() == self.pid:
-                self.loop.call_soon_threadsafe(self.wake.set)
+            self.loop.call_soon_threadsafe(self.wake.set)
         if self.thread is not threading.current_thread():
             self.thread.join(5.0)
 

@@ -163,6 +163,13 @@ def test_a_callable_replaces_the_terms_and_may_not_meet_others():
         build_rewarder(RewardConfig(function="a.py:f"), task=None, grader=None, reward_function=len)
 
 
+def test_judges_come_from_whoever_can_make_them():
+    terms = (RewardTermConfig("judge", name="kind"), RewardTermConfig("judge", name="clear", weight=2.0))
+    given = {"kind": Given(RewardResult(0.25)), "clear": Given(RewardResult(0.5))}
+    source = build_rewarder(RewardConfig(terms=terms), task=None, grader=None, make_judge=lambda term: given[term.name])
+    assert score_all(source, [make_sample("4")])[0].score == 1.25
+
+
 def test_when_one_term_cannot_be_built_the_others_are_closed(tmp_path):
     (tmp_path / "good.py").write_text("def reward(response):\n    return 1.0\n")
     terms = (RewardTermConfig(f"{tmp_path}/good.py:reward"), RewardTermConfig(f"{tmp_path}/absent.py:reward", name="other"))
