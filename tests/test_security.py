@@ -15,6 +15,7 @@ import pytest
 from openrl_reason import cli
 from openrl_reason.config import parse_config, save_config, to_dict
 from openrl_reason.environment import runtime_variables
+from openrl_reason.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "openrl_reason").rglob("*.py"), *(ROOT / "examples/python").glob("*.py")])
@@ -177,6 +178,8 @@ def test_a_private_cluster_listens_on_loopback_only_and_shows_no_secret(tmp_path
         assert {"ray::_ModelActor", "ray::EngineActor"} <= {name.partition(".")[0] for name in found["processes"]}, found["processes"]
         assert found["beyond_loopback"] == []
         assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in found["variables"], "a cluster that is joined later would be taken for a private one"
+        sessions = ray_folder / f"ray-{os.getuid()}"
+        assert stat.S_IMODE(sessions.stat().st_mode) == 0o700 and [path.name for path in ray_folder.iterdir()] == [sessions.name]
         files = {path: path.read_bytes() for path in ray_folder.rglob("*") if path.is_file()}
         for canary in (secret, token):
             assert canary not in found["command_lines"] + result.stdout + result.stderr
@@ -203,6 +206,22 @@ def test_the_token_of_private_clusters_can_be_read_by_its_owner_only_and_is_neve
             patch.setenv(name, value)
             write_token_file()
         assert not path.exists()
+
+
+def test_sessions_of_private_clusters_are_never_kept_in_a_folder_that_others_can_enter(tmp_path, monkeypatch):
+    from openrl_reason.workers.network import private_folder
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    folder = Path(private_folder()).parent
+    assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700 and private_folder() == str(folder / "ray")
+    folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="not yours alone"):
+        private_folder()
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="not yours alone"):
+        private_folder()
 
 
 def test_fields_of_settings_that_are_named_like_secrets_are_redacted_when_shown(tmp_path):

@@ -5,6 +5,7 @@
 #
 #   RAY_PORT=6379               where Ray listens (outside 10002-19999, which `ray start` keeps for workers)
 #   RAY_DASHBOARD_PORT=8265     where jobs are submitted
+#   RAY_TMPDIR=/tmp/ray-<uid>   sessions, with their logs. Mode 700, since Ray makes its own folders writable for everybody
 #   RAY_AUTH_TOKEN              the token. Not set: the file RAY_AUTH_TOKEN_PATH, or else ~/.ray/auth_token, which is made when it is missing
 #
 # What actors need from the environment (WANDB_API_KEY, HF_HOME, ...) has to be there when the cluster starts: jobs do not bring it, since what they
@@ -21,6 +22,13 @@ if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
         mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
         (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
     fi
+fi
+
+export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/ray-$(id -u)}"
+mkdir -m 700 -p "$RAY_TMPDIR"
+if [ ! -O "$RAY_TMPDIR" ] || [ "$(stat -c %a "$RAY_TMPDIR")" != 700 ]; then
+    echo "start_ray.sh: $RAY_TMPDIR is not yours alone: chmod 700 it, or set RAY_TMPDIR to another (short) path" >&2
+    exit 2
 fi
 
 # Whether something listens where jobs are submitted.

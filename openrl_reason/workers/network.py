@@ -1,4 +1,4 @@
-"""Which interfaces the processes of a run listen on. A private cluster keeps to the loopback interface, and so does all that runs in it.
+"""Who can reach the processes of a run. A private cluster keeps to the loopback interface and to its owner, and so does all that runs in it.
 
 Ray, torch and gloo listen on every interface unless told otherwise, and Ray runs whatever code reaches it. On a cluster of several nodes they
 have to: there Ray's token authentication and the network's own walls are what protects (docs/security.md).
@@ -10,9 +10,13 @@ import contextlib
 import os
 import secrets
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from openrl_reason.errors import ConfigError
 
 _SINGLE_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -56,6 +60,20 @@ def write_token_file() -> None:
             os.link(temporary, path)  # appears whole, and never replaces one that is in use
         finally:
             temporary.unlink()
+
+
+def private_folder() -> str:
+    """A path for Ray's sessions where nobody else can enter. Ray makes its folders writable for everybody, its sockets and the code of jobs included.
+
+    Raises:
+        ConfigError: there is one of that name, and it is another user's or open to others.
+    """
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{folder}, where Ray would keep its sessions, is not yours alone: remove it, or set RAY_TMPDIR to another (short) path")
+    return str(folder / "ray")  # which Ray opens to everybody; the folder around it stays closed
 
 
 def node_address() -> str:

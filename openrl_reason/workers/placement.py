@@ -17,7 +17,7 @@ from typing import Any
 
 from openrl_reason.environment import device_kind, runtime_variables
 from openrl_reason.errors import ConfigError
-from openrl_reason.workers.network import loopback_cluster, write_token_file
+from openrl_reason.workers.network import loopback_cluster, private_folder, write_token_file
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Placement:
         if self.gpu and device_kind() == "cpu":
             raise ConfigError("--placement.device is 'gpu', but this machine has none: use cpu, or join a cluster with --placement.address")
         write_token_file()
+        folder = private_folder()
         with loopback_cluster():
             ray.init(
                 address="local",
@@ -136,6 +137,7 @@ class Placement:
                 runtime_env=runtime_env,
                 log_to_driver=False,
                 logging_level="error",
+                _temp_dir=folder,
             )
 
     def actor_options(self, role: str, index: int) -> dict[str, Any]:

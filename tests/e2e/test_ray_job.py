@@ -51,11 +51,12 @@ def cluster(tmp_path_factory):
     ray_folder = Path("/tmp") / f"ray-{os.getpid()}"  # short: the paths of its sockets may have 107 characters
     port, dashboard, client, agent = free_ports(4)
     environment = ENV | {
-        "RAY_PORT": str(port), "RAY_DASHBOARD_PORT": str(dashboard), "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "WANDB_API_KEY": SECRET,
+        "RAY_PORT": str(port), "RAY_DASHBOARD_PORT": str(dashboard), "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_TMPDIR": str(ray_folder),
+        "WANDB_API_KEY": SECRET,
     }  # fmt: skip
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_API_SERVER_ADDRESS"):
         environment.pop(name, None)
-    options = ["--block", "--num-cpus", "2", "--num-gpus", "0", "--object-store-memory", str(150 << 20), "--temp-dir", ray_folder,
+    options = ["--block", "--num-cpus", "2", "--num-gpus", "0", "--object-store-memory", str(150 << 20),
                "--ray-client-server-port", client, "--dashboard-agent-listen-port", agent]  # fmt: skip
     words = ["bash", ROOT / "examples/scripts/start_ray.sh", *options]
     with (folder / "head.log").open("wb") as log:
@@ -144,6 +145,7 @@ def test_the_token_and_secrets_are_on_no_command_line_and_in_no_file_but_the_tok
     output, _, lines = jobs
     assert "openrl_reason" in lines
     assert (cluster.folder / "token").stat().st_mode & 0o777 == 0o600
+    assert (Path("/tmp") / f"ray-{os.getpid()}").stat().st_mode & 0o777 == 0o700
     for secret in (cluster.token, SECRET):
         assert len(secret) > 15 and secret not in lines and secret not in output
         places = [cluster.folder, Path("/tmp") / f"ray-{os.getpid()}"]
