@@ -53,7 +53,7 @@ def clean(text: str) -> str:
     cleaned = re.sub(r"\^\s*(?:\{\s*○\s*\}|○)|\{\s*\^○\s*\}", "°", "".join(parts)).replace("○", " ")
     cleaned = re.sub(r"<=", "≤", re.sub(r">=", "≥", re.sub(r"!=", "≠", cleaned)))
     cleaned = re.sub(r"(?:\s*,)+\s*,", " ,", cleaned).strip().lstrip("≈ ")
-    while cleaned and cleaned[-1] in ".,;":
+    while cleaned and cleaned[-1] in ".,;" + BREAK:
         cleaned = cleaned[:-1].rstrip()
     return re.sub(r"\s+", " ", cleaned)
 

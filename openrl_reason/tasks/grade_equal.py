@@ -71,6 +71,8 @@ def same(gold: Tree, answer: Tree) -> bool:
     """Whether two answers say the same."""
     if gold == answer:
         return True
+    if answer[0] == "list" and gold[0] not in ("list", "set", "union", "rel", "text"):
+        return all(same(gold, item) for item in answer[1:])  # 1/2 or 0.5: one answer, said twice
     if gold[0] == "rel" or answer[0] == "rel":
         return _same_relations(gold, answer)
     if "text" in (gold[0], answer[0]):
@@ -148,6 +150,8 @@ def _same_bag(gold: Sequence[Tree], answer: Sequence[Tree]) -> bool:
 
 
 def _same_sets(gold: Tree, answer: Tree) -> bool:
+    if len(answer) > 2 * len(gold) + 8:  # few repetitions are honest, and telling a hundred elements apart takes a second
+        return False
     return _same_bag(_distinct(gold[1:]), _distinct(answer[1:]))
 
 

@@ -78,7 +78,8 @@ def render(tree: Tree) -> str:
     if kind == "set":
         return "{" + ", ".join(sorted(set(map(render, tree[1:])))) + "}"
     if kind == "list":
-        return ", ".join(sorted(map(render, tree[1:])))
+        items = sorted(map(render, tree[1:]))
+        return ", ".join(items) if len(set(items)) > 1 else items[0]
     if kind == "union":
         return " ∪ ".join(sorted(map(render, tree[1:])))
     if kind == "ratio":
@@ -154,7 +155,7 @@ def _irrational(value: object) -> str:
 
 
 Polynomial = dict[tuple[tuple[str, int], ...], Fraction]
-_MAX_TERMS = 60
+_MAX_TERMS = 40
 _MAX_POWER = 30
 
 

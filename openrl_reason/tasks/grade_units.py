@@ -41,6 +41,8 @@ def is_word(run: str) -> bool:
 def unit_name(words: str) -> str:
     """One spelling: ``sq. feet``, ``square foot`` and ``ft^2`` are ``foot^2``; unknown words stay, in lower case and singular."""
     words = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", words.lower())
+    if enclosed := re.fullmatch(r"\s*\(\s*([a-z. ]{2,})\)\s*", words):
+        words = enclosed[1]
     words = words.replace("/", " per ").replace(".", " ").replace("-", " ")
     names: list[str] = []
     power = ""
