@@ -127,10 +127,15 @@ class ReinforceTrainer(Trainer):
     def step(self) -> dict[str, float]:
         """Collect, credit, update, sync."""
         rollouts = self.collect()
+        check_failures(rollouts, self.config.reward.max_failed_rate)
         self._models_turn()
-        batch, metrics = self.credit(rollouts)
-        metrics |= self.update(batch)
-        if self.reference:
+        batch = None
+        if np.isfinite(rollouts.rewards).any():
+            batch, metrics = self.credit(rollouts)
+            metrics |= self.update(batch)
+        else:  # allowed by max_failed_rate: nothing to learn from this time
+            metrics = {"rollout/ungraded": float(len(rollouts.results)), "train/skipped_update": 1.0}
+        if self.reference and batch is not None:
             metrics["train/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
         metrics |= self.sync(self.done + 1)
@@ -153,7 +158,6 @@ class ReinforceTrainer(Trainer):
     def credit(self, rollouts: Rollouts) -> tuple[TokenBatch, dict[str, float]]:
         """Advantages [N] of the whole collection. Samples without a reward (their grading failed) are counted and left out."""
         started, algo = time.perf_counter(), self.config.algo
-        check_failures(rollouts, self.config.reward.max_failed_rate)
         batch = TokenBatch.from_trajectories(rollouts.trajectories)
         places = torch.arange(batch.num_sequences)
         rewards = torch.as_tensor(rollouts.rewards, dtype=torch.float32)
