@@ -117,8 +117,9 @@ class RolloutEngine:
         if not self._has_tokenizer and any(request.sampling.stop for request in new_requests):
             raise ConfigError(f"requests have stop strings, but {self.model_path} has no tokenizer to find them with")
         for request in new_requests:
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
-                wrong = next(token for token in request.prompt_ids if not 0 <= token < self._vocab_size)
+            ids = (*request.prompt_ids, *request.label_ids)
+            if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
                 raise ConfigError(f"request {request.request_id!r} holds token id {wrong}, but the model has {self._vocab_size} tokens")
         started = time.perf_counter()
         for request in new_requests:
@@ -147,7 +148,8 @@ class RolloutEngine:
             stop_token_ids=self._eos_ids,
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),
-            logprobs=0,  # of the sampled token alone
+            logprobs=None if request.label_ids else 0,  # 0: of the sampled token alone; labels come beside it, by the next line
+            logprob_token_ids=list(request.label_ids) or None,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -155,9 +157,12 @@ class RolloutEngine:
         self._unfinished[request.request_id] = request
 
     def _completion(self, output: Any) -> Completion:
-        del self._unfinished[output.request_id]
-        sample = output.outputs[0]
-        logprobs = list(sample.logprobs.logprobs)
+        request = self._unfinished.pop(output.request_id)
+        sample, flat = output.outputs[0], output.outputs[0].logprobs
+        logprobs = [flat.logprobs[start] for start in flat.start_indices]  # at each position the sampled token comes first, then the labels
+        first = flat.start_indices[0] + 1
+        labels = tuple(flat.logprobs[first : first + len(request.label_ids)])
+        assert tuple(flat.token_ids[first : first + len(labels)]) == tuple(request.label_ids), (flat.token_ids, request.label_ids)
         assert len(logprobs) == len(sample.token_ids), (len(logprobs), len(sample.token_ids))
         if sample.finish_reason == "length":
             reason, stop_string = StopReason.LENGTH, None
@@ -175,6 +180,7 @@ class RolloutEngine:
             stop_string=stop_string,
             policy_version=self._version,
             num_cached_tokens=output.num_cached_tokens or 0,
+            label_logprobs=labels,
         )
 
     def abort_all(self) -> None:

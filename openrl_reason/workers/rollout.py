@@ -62,6 +62,7 @@ class _Seat:
     """One engine's place in the pool; the actor on it may be replaced."""
 
     index: int
+    role: str = "engine"
     actor: Any = None
     about: dict[str, Any] = field(default_factory=dict)
     """Process, host and log of the actor, known once it has started."""
@@ -78,7 +79,7 @@ class _Seat:
 
     @property
     def name(self) -> str:
-        return f"engine-{self.index}"
+        return f"{self.role}-{self.index}"
 
 
 class RolloutPool:
@@ -90,15 +91,18 @@ class RolloutPool:
         placement: says where actors go.
         version: version of those weights.
         seed: seed of the engines themselves; requests bring their own.
+        role: under which ``placement`` knows these actors. A pool is driven by one thread; another pool may be driven by another.
 
     Raises:
         WorkerError: an engine does not start.
     """
 
-    def __init__(self, config: RolloutConfig, model_path: str, *, placement: PlacesActors, version: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, config: RolloutConfig, model_path: str, *, placement: PlacesActors, version: int = 0, seed: int = 0, role: str = "engine"
+    ) -> None:
         self._ray = require("ray", "to run engines as actors")
         self.config, self.model_path = config, str(model_path)
-        self._placement, self._first_version, self._seed = placement, version, seed
+        self._placement, self._first_version, self._seed, self._role = placement, version, seed, role
         self.version = version
         self._manifest: Manifest | None = None
         self._publisher: PublishesWeights | None = None
@@ -108,7 +112,7 @@ class RolloutPool:
         self._assigned = [0] * config.num_engines
         self._counts: Counter[str] = Counter(requests=0, completed=0, restarts=0, resubmitted=0)
         self._counts.update(prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=0)
-        self._seats = [_Seat(index) for index in range(config.num_engines)]
+        self._seats = [_Seat(index, role) for index in range(config.num_engines)]
         try:
             for seat in self._seats:
                 self._start(seat)
@@ -162,6 +166,10 @@ class RolloutPool:
         for seat in self._seats:
             self._feed(seat)
 
+    def poll(self) -> list[Completion]:
+        """Waits at most a second for an engine to answer; what has finished. For a driver that must look elsewhere between completions."""
+        return self._poll() if self.num_unfinished else []
+
     @property
     def num_unfinished(self) -> int:
         """Requests submitted and not yet returned."""
@@ -185,7 +193,7 @@ class RolloutPool:
 
     def _start(self, seat: _Seat) -> None:
         seat.about = {}
-        options = {"name": f"{seat.name}-{os.urandom(3).hex()}", "max_restarts": 0} | self._placement.actor_options("engine", seat.index)
+        options = {"name": f"{seat.name}-{os.urandom(3).hex()}", "max_restarts": 0} | self._placement.actor_options(self._role, seat.index)
         seat.actor = self._ray.remote(EngineActor).options(**options).remote()
         self._call(seat, "describe")
         self._call(seat, "start", self.config, self.model_path, self._first_version, self._seed)

@@ -9,6 +9,8 @@ from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LABELS = 128
+"""vLLM's limit of tokens to be scored by one request."""
 TRANSPORTS = ("auto", "shared_memory", "object_store", "gloo", "nccl")
 
 
@@ -111,6 +113,8 @@ class Request:
     """How to sample."""
     group: str | None = None
     """Requests of one group go to one engine, so that they share their prefix in its cache. None: the prompt decides."""
+    label_ids: tuple[int, ...] = ()
+    """Tokens whose log-probs at the first generated position are wanted (at most 128), whatever is sampled there."""
 
 
 @dataclass
@@ -131,17 +135,20 @@ class Completion:
     """Version of the weights that sampled it."""
     num_cached_tokens: int
     """Prompt tokens served from the prefix cache."""
+    label_logprobs: tuple[float, ...] = ()
+    """Log-probability of each of the request's ``label_ids`` under the model's whole distribution at the first generated position."""
 
 
 def check_requests(requests: Iterable[Request], config: RolloutConfig, ids_in_use: Iterable[str]) -> None:
     """Refuses requests that no engine could serve.
 
     Raises:
-        ConfigError: a prompt is empty, prompt plus completion do not fit ``max_model_len``, or an id is not unique.
+        ConfigError: a prompt is empty, prompt plus completion do not fit ``max_model_len``, labels cannot be scored, or an id is not unique.
     """
     taken = set(ids_in_use)
     for request in requests:
         _check_length(request, config)
+        _check_labels(request)
         if request.request_id in taken:
             raise ConfigError(f"request id {request.request_id!r} is in use: ids must be unique among unfinished requests")
         taken.add(request.request_id)
@@ -155,4 +162,16 @@ def _check_length(request: Request, config: RolloutConfig) -> None:
         raise ConfigError(
             f"request {request.request_id!r} has {length} prompt tokens and may generate {budget}: {length + budget} tokens do not fit"
             f" rollout.max_model_len {config.max_model_len}. Shorten the prompt, lower max_new_tokens, or raise rollout.max_model_len"
+        )
+
+
+def _check_labels(request: Request) -> None:
+    labels, sampling = request.label_ids, request.sampling
+    if len(labels) > MAX_LABELS or len(set(labels)) < len(labels):
+        raise ConfigError(f"request {request.request_id!r} has {len(labels)} label_ids: at most {MAX_LABELS} are possible, each of them once")
+    reshaped = sampling.temperature not in (0, 1) or sampling.top_p < 1 or sampling.top_k != -1
+    if labels and reshaped:  # the engine reports the distribution that it samples from, and a label's share of the model's own is wanted
+        raise ConfigError(
+            f"request {request.request_id!r} has label_ids and temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}:"
+            " labels are scored under the model's own distribution, so use temperature 0 or 1 without top_p and top_k"
         )
