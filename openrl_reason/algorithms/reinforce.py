@@ -44,7 +44,7 @@ from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import GateError
-from openrl_reason.evaluation.sets import Evaluator, training_sets
+from openrl_reason.evaluation.sets import Evaluator, refuse_overlap, training_sets
 from openrl_reason.rewards.build import build_rewarder
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
@@ -244,7 +244,7 @@ class ReinforceTrainer(Trainer):
         for eval_set in self.eval_sets:
             result = self.evaluator.run(eval_set, (self.run.seed, "eval"))
             metrics |= result.metrics
-            self.log.rollouts(readable(result.rollouts, self.done, self.run.log_rollouts, source=f"eval/{eval_set.name}"))
+            self.log.rollouts(result.records(step=self.done, limit=self.run.log_rollouts))
         return metrics
 
     # ---- the run -------------------------------------------------------------------------------------------------------------
@@ -286,6 +286,8 @@ class ReinforceTrainer(Trainer):
         self.eval_sets = training_sets(
             config.eval, task=self.task, tokenizer=self.tokenizer, sampling=self.sampling, max_model_len=config.rollout.max_model_len
         )
+        if config.task.train_path and not config.task.allow_test_data_in_training:
+            refuse_overlap(train_items, self.eval_sets, config.task.train_path)
         for what, count in (("training", overlong), *((f"{one.name} evaluation", one.num_overlong) for one in self.eval_sets)):
             if count:
                 print(f"{count} {what} prompts leave no room for a full response within --rollout.max_model_len: left out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ import numpy as np
 from openrl_reason.algorithms.collect import Collector, Rollouts, readable
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason
-from openrl_reason.errors import ConfigError, DataError, OpenRLError
+from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.evaluation.config import GREEDY_REMEDY, EvalConfig, EvalSetConfig
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.evaluation.metrics import GRADED, GradedSamples, as_json, estimates, group_tables, summary
-from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
+from openrl_reason.rewards.base import Rewarder, RewardResult
+from openrl_reason.rewards.task_reward import TaskReward
 from openrl_reason.tasks.base import Task, TaskItem, load_task, select_items
 from openrl_reason.tasks.graders import GradeResult, check_kind
 from openrl_reason.tasks.leakage import overlap
@@ -120,6 +120,7 @@ def _naming_set(name: str) -> Iterator[None]:
 def _prepare(config: EvalSetConfig, name: str, task: Task, tokenizer: Any, defaults: SetDefaults, max_model_len: int) -> EvalSet:
     own = {key: getattr(config, key) for key in ("temperature", "top_p", "top_k", "max_new_tokens", "stop")}
     sampling = replace(defaults.sampling, **{key: value for key, value in own.items() if value is not None})
+    sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *task.stop))))  # a prompt style may need some of its own
     num_samples = defaults.num_samples if config.num_samples is None else config.num_samples
     if num_samples > 1 and sampling.temperature == 0:
         raise ConfigError(f"num_samples is {num_samples} at temperature 0: {GREEDY_REMEDY.format(greedy='greedy: true')}")
@@ -150,41 +151,6 @@ def _other_graders(kinds: Sequence[str], own: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ConfigError(f"also_grade is {list(kinds)}: two graders would be called alike in the metrics ({', '.join(names)}): rename a function")
     return others
-
-
-class TaskGrader:
-    """The rewarder of an evaluation: each response's verdict by its task's grader, and nothing else (no penalties, no judges)."""
-
-    def __init__(self, grader: GraderPool, task: Task) -> None:
-        self.grader, self.task = grader, task
-
-    def submit(self, sample: RewardSample) -> Future[RewardResult]:
-        """Queue one response for grading."""
-        answer: Future[RewardResult] = Future()
-        graded = self.grader.submit(sample.response, sample.item.gold, self.task.grade_kind_of(sample.item))
-        graded.add_done_callback(lambda done: _pass_on(done, answer))
-        return answer
-
-    def flush(self) -> None:
-        """Nothing waits here."""
-
-    def metrics(self) -> dict[str, Any]:
-        """None of its own."""
-        return {}
-
-    def close(self) -> None:
-        """The pool belongs to whoever made it."""
-
-
-def _pass_on(graded: Future[GradeResult], answer: Future[RewardResult]) -> None:
-    if graded.cancelled():
-        answer.set_exception(OpenRLError("the graders were closed before every response was graded"))
-    elif graded.exception() is not None:
-        answer.set_exception(graded.exception())
-    else:
-        result = graded.result()
-        score = result.score if result.status in GRADED else float("nan")
-        answer.set_result(RewardResult(score, str(result.status), result.parsed, result.detail))
 
 
 @dataclass
@@ -269,7 +235,7 @@ class Evaluator:
     def run(self, eval_set: EvalSet, seed: tuple[int | str, ...]) -> SetResult:
         """Generate and grade every sample of a set. Samples are a function of (seed, set, item, sample) alone."""
         task = eval_set.task
-        collector = Collector(task, self.tokenizer, self.pool, self.rewarder or TaskGrader(self.grader, task))
+        collector = Collector(task, self.tokenizer, self.pool, self.rewarder or TaskReward(task, self.grader))
         rollouts = collector.collect(eval_set.items, num_samples=eval_set.num_samples, sampling=eval_set.sampling, seed=(*seed, eval_set.name))
         futures = {
             kind: [self.grader.submit(t.info["response"], t.info["gold"], kind) for t in rollouts.trajectories] for kind in eval_set.also_grade
