@@ -5,7 +5,8 @@
 Makes a synthetic run (rewards rise, entropy falls, spikes, a dip of the evaluation, wrong and unfinished answers; every token with advantage, value
 and two kinds of log-probs, which do not compress), writes its report and opens it from a file: address. Loaded means that header, alarms, the
 charts in view and the list of trajectories with the first one opened are painted: the page then writes performance.now() into its document, so
-the figure holds parsing, unpacking, drawing and everything since navigation began. Medians over fresh browser profiles.
+the figure holds parsing, unpacking, drawing and everything since navigation began. Medians over fresh browser profiles; ``at_charts`` is the
+same for a page opened in the middle, where six charts are in view.
 """
 
 from __future__ import annotations
@@ -46,20 +47,22 @@ def main() -> None:
         build = time.perf_counter() - started
         loads = [load(page) for _ in range(words.repeats)]
         seconds = [entry[0] for entry in loads]
+        charts = [load(page, "at=policy")[0] for _ in range(words.repeats)]
         source = (run / "rollouts.jsonl").stat().st_size
         row = {
             "steps": words.steps, "metrics": len(metrics(0, words.steps, np.random.default_rng(0))), "trajectories": loads[0][1],
             "mean_tokens": words.tokens, "rollouts_mb": source / 1e6, "page_mb": page.stat().st_size / 1e6, "build_seconds": build,
             "loaded_seconds": statistics.median(seconds), "loaded_worst": max(seconds),
+            "loaded_at_charts_seconds": statistics.median(charts),
         }  # fmt: skip
     browser = subprocess.run([chromium(), "--version"], capture_output=True, text=True).stdout.strip()
     write("report", {"repeats": words.repeats, "browser": browser, "limits": {"page_mb": 25, "loaded_seconds": 3}}, [row])
 
 
-def load(page: Path) -> tuple[float, int]:
+def load(page: Path, fragment: str = "") -> tuple[float, int]:
     """Seconds until the page stood, in a fresh browser and in real time, and the number of trajectories it says it has."""
     with browser() as window:
-        seconds = window.open(page)
+        seconds = window.open(page, fragment)
         if window.run("document.documentElement.dataset.errors") != "0" or window.complaints() or len(window.requests()) != 1:
             raise SystemExit(f"the page did not load well: {window.complaints()} {window.requests()}")
         return seconds, int(re.sub(r"\D", "", window.run("document.querySelector('.count').textContent")))

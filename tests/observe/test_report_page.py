@@ -148,7 +148,7 @@ def test_the_page_also_loads_by_the_command_line_alone(page, tmp_path):
         "--no-sandbox",
         "--disable-gpu",
         f"--user-data-dir={tmp_path}/profile",
-        "--virtual-time-budget=10000",
+        "--virtual-time-budget=60000",
         "--dump-dom",
     ]
     document = subprocess.run([*command, page.as_uri() + "#draw=all"], capture_output=True, text=True, errors="replace", timeout=120).stdout
@@ -278,3 +278,12 @@ def test_a_phone_shows_everything_without_scrolling_sideways(folders, page):
         phone.open(page, "draw=all")
         assert phone.run("document.documentElement.scrollWidth") <= 390
         assert quiet(phone), errors(phone)
+
+
+@needs_browser
+def test_on_paper_every_chart_is_drawn_dark_on_white(window, page):
+    window.open(page, "theme=dark")
+    window.call("Page.printToPDF")
+    assert window.run("[...document.querySelectorAll('.plot')].every(box => box.dataset.drawn)")
+    window.wait("document.documentElement.dataset.theme === 'dark' && !document.body.classList.contains('printing')")
+    assert quiet(window), errors(window)

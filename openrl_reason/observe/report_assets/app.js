@@ -139,6 +139,24 @@ function paintRuns(runs) {
   runs.forEach((run, r) => document.querySelectorAll('.run-' + r).forEach((swatch) => { swatch.style.background = color(r); }));
 }
 
+// On paper everything is drawn, dark on white and as wide as paper is.
+function printing() {
+  let before = null;
+  window.addEventListener('beforeprint', () => {
+    before = root.dataset.theme;
+    root.dataset.theme = 'light';
+    state.printing = true;
+    document.body.classList.add('printing');
+    paintRuns(reader.data ? reader.data.meta.runs : []);
+    drawEverything(true);
+  });
+  window.addEventListener('afterprint', () => {
+    state.printing = false;
+    document.body.classList.remove('printing');
+    applyTheme(before);
+  });
+}
+
 async function start() {
   startTheme();
   const data = { meta: await unpackJSON('meta'), curves: await unpackJSON('curves') };
@@ -159,11 +177,14 @@ async function start() {
   await loadPlotly();
   if (address.has('draw')) await drawEverything();
   if (address.get('at')) { const target = document.getElementById(address.get('at')); if (target) target.scrollIntoView(); }
-  window.addEventListener('beforeprint', () => { drawEverything(); });
-  // Two frames: the first charts in view have been drawn and painted.
-  requestAnimationFrame(() => requestAnimationFrame(() => {
-    root.dataset.ready = String(Math.round(performance.now()));
-    root.dataset.resources = String(performance.getEntriesByType('resource').length);
-  }));
+  printing();
+  // The page stands when the charts in view are drawn and painted.
+  const frame = () => new Promise((done) => { requestAnimationFrame(done); setTimeout(done, 250); }); // a page in the background gets no frames
+  await frame();
+  for (const card of cards) if (card.seen) await drawCard(card);
+  await frame();
+  await frame();
+  root.dataset.ready = String(Math.round(performance.now()));
+  root.dataset.resources = String(performance.getEntriesByType('resource').length);
 }
 start();

@@ -17,7 +17,7 @@ function loadPlotly() {
 const PLOT_CONFIG = { displayModeBar: false, responsive: true, displaylogo: false, doubleClick: 'reset', showTips: false };
 const DASHES = ['solid', 'dash', 'dot', 'dashdot', 'longdash'];
 const cards = [];
-const state = { smoothing: 0, range: null, hidden: new Set(), maxStep: 1 };
+const state = { smoothing: 0, range: null, hidden: new Set(), maxStep: 1, width: undefined, printing: false };
 
 function baseLayout(extra) {
   const text = cssColor('muted');
@@ -28,7 +28,7 @@ function baseLayout(extra) {
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: { family: 'system-ui, sans-serif', size: 12, color: text },
     margin: { l: 44, r: 12, t: 8, b: 24 }, showlegend: false, hovermode: 'x unified', dragmode: 'zoom',
     hoverlabel: { bgcolor: cssColor('card'), bordercolor: cssColor('line'), font: { color: cssColor('text'), size: 12 }, namelength: 40 },
-    xaxis: { ...axis, showgrid: false, zeroline: false, ...xaxis }, yaxis: { ...axis, fixedrange: true, automargin: true, exponentformat: 'e', ...yaxis }, ...rest,
+    width: state.width, xaxis: { ...axis, showgrid: false, zeroline: false, ...xaxis }, yaxis: { ...axis, fixedrange: true, automargin: true, exponentformat: 'e', ...yaxis }, ...rest,
   };
 }
 
@@ -52,6 +52,7 @@ async function drawCard(card, force) {
   if ((card.drawn && !force) || card.drawing) return;
   card.drawing = true;
   const Plotly = await loadPlotly();
+  state.width = state.printing ? card.box.clientWidth : undefined; // paper has no resize event
   await card.draw(Plotly, card.box);
   card.drawn = true;
   card.drawing = false;
@@ -64,7 +65,7 @@ function redrawAll() {
     else card.drawn = false;
   }
 }
-async function drawEverything() { for (const card of cards) await drawCard(card); }
+async function drawEverything(force) { for (const card of cards) await drawCard(card, force); }
 
 // ---- smoothing ---------------------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ function drawHistogram(Plotly, plot, legend, rows, choice, valueOf) {
   const labels = ['steps ' + first + '–' + Math.round(first + span), 'steps ' + Math.round(last - span) + '–' + last];
   fill(legend, all.length > 0 && labels.map((label, i) => h('span', {}, h('i', { class: 'swatch', style: { background: faded(hues[i], 0.6), outline: '1px solid ' + hues[i] } }), (i ? 'late, ' : 'early, ') + label + ' (' + count([early, late][i].length) + ')')));
   plot.style.height = '210px';
-  if (all.length && distinct <= 8) return drawFew(Plotly, plot, [early, late], hues, labels);
+  if (all.length && distinct <= 10) return drawFew(Plotly, plot, [early, late], hues, labels);
   const bins = Math.min(30, Math.max(distinct, 1));
   const size = distinct > 1 ? (high - low) / Math.max(1, bins - 1) : 1;
   const xbins = { start: low - size / 2, end: high + size / 2 * 1.001, size };

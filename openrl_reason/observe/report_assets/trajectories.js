@@ -129,6 +129,7 @@ async function refilter(keep) {
   reader.grouped = sort.endsWith('step');
   reader.shown = 0;
   reader.lastGroup = -1;
+  reader.lastHeader = '';
   reader.list.replaceChildren();
   reader.countLine.textContent = order.length === part.shown ? plural(order.length, 'response') : count(order.length) + ' of ' + plural(part.shown, 'response');
   moreRows();
@@ -141,25 +142,29 @@ function moreRows() {
   const end = Math.min(reader.shown + PAGE, reader.order.length);
   for (; reader.shown < end; reader.shown++) {
     const i = reader.order[reader.shown];
-    if (reader.grouped && part.group[i] !== reader.lastGroup) {
-      reader.lastGroup = part.group[i];
-      reader.list.append(groupHeader(part, i));
-    }
+    if (reader.grouped) groupHeader(part, i);
     reader.list.append(row(part, i));
   }
 }
+// A line above the samples of one prompt; prompts with one sample each share the line of their step.
 function groupHeader(part, i) {
   const rewards = [];
   for (let at = reader.shown; at < reader.order.length && part.group[reader.order[at]] === part.group[i]; at++) rewards.push(part.reward[reader.order[at]]);
+  const alone = rewards.length === 1 && part.group[i] !== reader.lastGroup;
+  const key = alone ? part.step[i] + ' ' + part.source[i] : String(part.group[i]);
+  const repeated = key === reader.lastHeader || part.group[i] === reader.lastGroup;
+  reader.lastGroup = part.group[i];
+  if (repeated) return;
+  reader.lastHeader = key;
   const known = rewards.filter((value) => value !== null);
   const mean = known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
-  return h('div', { class: 'group' }, h('b', {}, 'step ' + part.step[i]), ' ', part.source_names[part.source[i]] !== 'train' && h('span', { class: 'tag' }, visible(part.source_names[part.source[i]])),
-    h('span', { class: 'muted name' }, visible(part.task_ids[part.group[i]].slice(0, 16))), rewards.length > 1 && h('span', { class: 'muted right' }, rewards.length + ' × mean ' + format(mean, 3)));
+  reader.list.append(h('div', { class: 'group' }, h('b', {}, 'step ' + part.step[i]), part.source_names[part.source[i]] !== 'train' && h('span', { class: 'tag' }, visible(part.source_names[part.source[i]])),
+    !alone && [h('span', { class: 'muted name' }, visible(part.task_ids[part.group[i]].slice(0, 16))), h('span', { class: 'muted right' }, rewards.length + ' × mean ' + format(mean, 3))]));
 }
 function row(part, i) { // a button: the list works with a keyboard alone
   const status = part.status_names[part.status[i]], stop = part.stop_reason_names[part.stop_reason[i]];
   return h('button', { type: 'button', class: 'row', role: 'option', 'data-i': i, 'aria-selected': String(i === reader.at), onclick: () => { showTrajectory(i); if (window.innerWidth <= 860) reader.detail.scrollIntoView(); } },
-    rewardPill(part.reward[i]), h('span', { class: 'preview', dir: 'auto' }, visible(part.preview[i]) || '(empty)'),
+    rewardPill(part.reward[i]), h('span', { class: 'preview', dir: 'auto' }, visible(part.preview[i]) || '(nothing but space)'),
     h('span', { class: 'meta' }, !reader.grouped && 'step ' + part.step[i] + ' · ', part.length[i] === null ? '' : count(part.length[i]) + ' tok', stop === 'length' && ' · cut', status && status !== 'ok' && h('span', { class: 'tag warn' }, visible(status))));
 }
 function rewardPill(value) {
@@ -255,7 +260,7 @@ function renderResponse(entry, holder, everything) {
   const stepped = (entry.starts || []).length > 1 || (entry.step_rewards || []).length > 1;
   const steps = edges.slice(0, -1).map((from, s) => {
     const spans = [];
-    for (let t = from; t < edges[s + 1]; t++) spans.push(h('span', { class: 't', 'data-t': t, style: values ? { background: diverging(values[t], limit) } : {} }, visible(entry.tokens[t])));
+    for (let t = from; t < edges[s + 1]; t++) spans.push(h('span', { class: entry.tokens[t].includes('\n') ? 't nl' : 't', 'data-t': t, style: values ? { background: diverging(values[t], limit) } : {} }, visible(entry.tokens[t])));
     if (!stepped) return spans;
     const reward = (entry.step_rewards || [])[s];
     return h('div', { class: 'step' }, h('div', { class: 'step-head' }, 'step ' + (s + 1), reward !== undefined && h('span', {}, ' reward ' + format(reward, 3))), h('div', { dir: 'auto' }, spans));
@@ -271,6 +276,7 @@ function moreButton(entry, holder, text) { return h('button', { type: 'button', 
 // The channel along the response, as bars from zero; click to go to the token.
 function profile(entry, name, starts, n, box) {
   const values = entry.data[name];
+  if (entry.constant && entry.constant[name] !== undefined) return h('p', { class: 'muted same' }, 'the same at every token: ' + format(entry.constant[name], 3));
   let most = 0;
   for (let t = 0; t < n; t++) if (Number.isFinite(values[t])) most = Math.max(most, Math.abs(values[t]));
   if (!most || n < 8) return null;
