@@ -110,31 +110,6 @@ def test_values_of_fields_named_like_secrets_are_not_shown():
     assert to_dict(Tracker()) == {"api_key": "***", "max_new_tokens": 3}
 
 
-def test_every_openrl_reason_command_of_readme_docs_and_scripts_has_flags_that_exist():
-    """Values are not run here, only parsed; placeholders of shells become text."""
-    import re
-    import shlex
-    from pathlib import Path
-
-    from openrl_reason.models.export_checkpoint import ExportConfig
-    from openrl_reason.models.make import MakeModelConfig
-
-    classes = {"reinforce": ReinforceConfig, "sft": SFTConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "make-model": MakeModelConfig}
-    root = Path(__file__).resolve().parents[1]
-    sources = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "examples/scripts").glob("*.sh")]
-    found = 0
-    for path in sources:
-        text = path.read_text().replace("\\\n", " ")
-        arrays = {name: body for name, body in re.findall(r"^(\w+)=\(\n(.*?)\n\)", text, re.DOTALL | re.MULTILINE)}
-        for name, body in arrays.items():
-            text = text.replace(f'"${{{name}[@]}}"', body.replace("\n", " "))
-        for command, line in re.findall(r"^ *openrl-reason ([\w-]+) +(--[^\n|`]*)$", text, re.MULTILINE):
-            words = [re.sub(r"\$\{?(\w+)\}?", "7", word) for word in shlex.split(line.split(" >")[0])]
-            parse_config(classes[command], words, prog="test")
-            found += 1
-    assert found >= 5, "the commands were not found: has their form changed?"
-
-
 def test_a_nested_settings_own_check_is_led_by_its_group():
     from openrl_reason.algorithms.reinforce_config import ReinforceConfig
 

@@ -22,8 +22,9 @@ SOURCES = sorted([*(ROOT / "openrl_reason").rglob("*.py"), *(ROOT / "examples/py
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_IMPORTS = {"parse_expr", "sympify", "ExprExtractionConfig"}  # the last is math-verify's way to the first, which is eval
 FORBIDDEN_CALLS = {
-    "os.system", "os.popen", "parse_expr", "sympify", "literal_eval_unsafe", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
+    "os.system", "os.popen", "parse_expr", "sympify", "ExprExtractionConfig", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
     "numpy.load", "np.load", "pandas.read_pickle", "pd.read_pickle", "getoutput", "getstatusoutput",
 }  # fmt: skip
 
@@ -77,7 +78,7 @@ def findings(tree: ast.AST):
             yield from (f"import {alias.name}" for alias in node.names if alias.name.partition(".")[0] in FORBIDDEN_MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {node.module.partition(".")[0], *(alias.name for alias in node.names)}
-            yield from (f"from {node.module} import" for name in names & (FORBIDDEN_MODULES | {"parse_expr", "sympify"}))
+            yield from (f"from {node.module} import" for name in names & (FORBIDDEN_MODULES | FORBIDDEN_IMPORTS))
         elif isinstance(node, ast.Call):
             yield from check_call(node)
         elif isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::"):
@@ -103,12 +104,58 @@ def test_no_pickle_no_eval_no_shell_no_open_port_in_the_code():
     [
         "import pickle", "from dill import loads", "eval(text)", "torch.load(path)", "torch.load(path, weights_only=False)", "yaml.load(file)",
         "subprocess.run(x, shell=True)", "os.system(x)", "np.load(p, allow_pickle=True)", "server.bind(('', 80))", "HOST = '0.0.0.0'",
-        "sympy.parse_expr(x)", "from sympy import sympify", "AutoModel.from_pretrained(x, trust_remote_code=True)", "ray.init()",
+        "sympy.parse_expr(x)", "from sympy import sympify", "from math_verify import ExprExtractionConfig",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "ray.init()",
         "class C:\n    trust_remote_code: bool = True", "def f(*, trust_remote_code=True): ...", "TCPStore(a, 0, is_master=True)",
     ],
 )  # fmt: skip
 def test_the_audit_sees_what_it_is_there_for(line):
     assert list(findings(ast.parse(line)))
+
+
+HOSTILE = [
+    "__import__('os').system('touch /tmp/x')", "exec(open('/etc/passwd').read())", "eval('1+1')", "().__class__.__bases__[0].__subclasses__()",
+    "lambda: open('/tmp/x', 'w')", "Symbol('x').__class__", "\\text{__import__('os').getcwd()}", "{{7*7}}", "${7*7}", "$(touch /tmp/x)", "`id`",
+    "x = [i for i in ().__class__.__mro__]", "\\write18{touch /tmp/x}", "\\input{/etc/passwd}", "E.free_symbols", "solve(x**2-1)", "10**8", "'a' * 3",
+]  # fmt: skip
+
+
+GRADE_UNDER_AUDIT = """
+import json, sys
+from openrl_reason.tasks.graders import GRADERS, load_grader
+hostile = json.loads(sys.argv[1])
+wrappers = ["{}", "so \\\\boxed{{{}}}", "$ {} $", "#### {}", "The answer is {}.", "Answer: ({})"]
+kinds = [*GRADERS, "choice4"]
+graders = {kind: load_grader(kind) for kind in dict.fromkeys(kinds)}
+watched = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.bind", "import")
+seen, watching = set(), False
+sys.addaudithook(lambda event, arguments: seen.add((event, str(arguments)[:200])) if watching and event in watched else None)
+def grade_all(texts):
+    for kind, grader in graders.items():
+        for text in texts:
+            for wrapper in wrappers:
+                for answer, gold in ((wrapper.format(text), "5"), ("so \\\\boxed{5}", text)):
+                    try:
+                        grader(answer, gold)
+                    except ValueError:
+                        pass  # a gold that a grader does not take
+grade_all(["5", "\\\\frac{1}{2}", "(1, 2]", "x^2 + 1", "a = b", "3 + 4 i", "\\\\{1, 2\\\\}"])  # whatever is imported late is there now
+watching = True
+grade_all(hostile)
+watching = False
+for kind in ("math", "math_parity"):
+    assert float(getattr(graders[kind]("so \\boxed{5}", "5"), "score", 1)) == 1, "the wrappers do not reach the graders"
+print(json.dumps([sorted(seen), sorted(graders)]))
+"""
+
+
+def test_graders_execute_nothing_of_what_they_read():
+    """Python's own audit events: nothing is compiled, executed, started or connected to while code-like answers and golds are graded."""
+    words = [sys.executable, "-c", GRADE_UNDER_AUDIT, json.dumps(HOSTILE)]
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    seen, kinds = json.loads(result.stdout.splitlines()[-1])
+    assert {"math", "gsm8k", "choice4"} <= set(kinds) and seen == []
 
 
 def config_classes(monkeypatch) -> dict[str, type]:
