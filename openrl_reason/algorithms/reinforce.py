@@ -45,7 +45,9 @@ from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import GateError
 from openrl_reason.evaluation.sets import Evaluator, refuse_overlap, training_sets
+from openrl_reason.rewards.base import Rewarder
 from openrl_reason.rewards.build import build_rewarder
+from openrl_reason.rewards.judge import judge_reward, judge_role, prepare_judge, start_judge
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig
@@ -115,6 +117,7 @@ class ReinforceTrainer(Trainer):
     ) -> None:
         super().__init__(config, callbacks)
         self._task, self._reward_function = task, reward_function
+        self._judges = () if reward_function else config.reward.judges
         self._group_kind, other, self._whiten, reduction = ADVANTAGES[config.algo.advantage]
         self._reduction = reduction if config.algo.loss_reduction == "auto" else config.algo.loss_reduction
         self.baseline = RunningBaseline(decay=config.algo.baseline_decay) if other == "running" else None
@@ -256,6 +259,7 @@ class ReinforceTrainer(Trainer):
             Role("policy", config.policy.num_ranks),
             Role("engine", config.rollout.num_engines, gpus_per_actor=config.rollout.tensor_parallel),
             Role("reference", config.reference.num_ranks if has_reference else 0),
+            *([judge_role(config.reward.judge)] if self._judges and config.reward.judge.path else []),
         ]
 
     def plan(self) -> list[tuple[str, str]]:
@@ -278,6 +282,8 @@ class ReinforceTrainer(Trainer):
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, config.rollout.max_model_len, trust_remote_code=config.policy.trust_remote_code)
         self.task = self._task or load_task(config.task)
+        if self._judges:
+            self.judge_tokenizer = prepare_judge(config.reward.judge, [term.options for term in self._judges], self.tokenizer)
         # A prompt style may need stop strings of its own, or the model goes on to write the next question.
         self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
         limit = config.rollout.max_model_len - config.sampling.max_new_tokens
@@ -304,8 +310,7 @@ class ReinforceTrainer(Trainer):
         require(not broadcast, "rollout.weight_transport", transport, "colocated on GPUs use auto, or --placement.colocate false")
         grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
         stack.callback(grader.close)
-        rewarder = build_rewarder(config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function)
-        stack.callback(rewarder.close)
+        rewarder = None if self._judges else self._rewarder(grader, stack)  # before the actors: a function that does not import shows at once
         total = self.run.steps * self._updates_per_step
         policy, has_reference = replace(config.policy, path=self.model_path), config.algo.kl.where != "none"
         self.pool, self.policy, self.reference = start_together(
@@ -315,6 +320,11 @@ class ReinforceTrainer(Trainer):
             lambda: ModelGroup.start(self.reference_config(), role="reference", placement=placement, seed=seed) if has_reference else None,
             side_by_side=not self._take_turns,  # vLLM measures the GPU's free memory while it starts
         )
+        self.judge = None
+        if self._judges:
+            self.judge = start_judge(config.reward.judge, self.judge_tokenizer, placement=placement, policy_pool=self.pool, seed=seed)
+            stack.callback(self.judge.close)
+            rewarder = self._rewarder(grader, stack)
         self.collector = Collector(self.task, self.tokenizer, self.pool, rewarder)
         # Held-out answers are judged by the task's grader; a reward that does not ask it at all is the only judge there is.
         asks_task = self._reward_function is None and any(term.source == "task" for term in config.reward.all_terms)
@@ -324,17 +334,27 @@ class ReinforceTrainer(Trainer):
         if self._take_turns:
             self.policy.offload()
 
+    def _rewarder(self, grader: GraderPool, stack: contextlib.ExitStack) -> Rewarder:
+        rewarder = build_rewarder(
+            self.config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function,
+            make_judge=lambda term: judge_reward(self.config.reward.judge, self.judge, term.options),
+        )  # fmt: skip
+        stack.callback(rewarder.close)
+        return rewarder
+
     def _models_turn(self) -> None:
         """On shared GPUs: the engines sleep, the policy gets its memory back."""
         if self._take_turns:
-            self.pool.sleep()
+            for engines in filter(None, (self.pool, self.judge)):
+                engines.sleep()
             self.policy.reload()
 
     def _engines_turn(self) -> None:
         """The other way round; within a weight sync, after the trainer has packed its weights and before the engines load them."""
         if self._take_turns:
             self.policy.offload()
-            self.pool.wake()
+            for engines in filter(None, (self.pool, self.judge)):
+                engines.wake()
 
     def reference_config(self) -> ModelConfig:
         """The reference group's model settings: its own path and ranks, everything else like the policy."""

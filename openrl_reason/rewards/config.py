@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from openrl_reason.config import require
 from openrl_reason.errors import ConfigError, did_you_mean
+from openrl_reason.rewards.judge_config import JudgeConfig
+from openrl_reason.rewards.judge_config import JudgeConfig, check_judge, with_options
 from openrl_reason.rewards.penalties import PENALTIES, check_options
 
 BUILT_IN = ("task", "judge", "format", *PENALTIES)
@@ -109,6 +111,8 @@ class RewardConfig:
     """Stop the run when more than this share of a collection's rewards failed (timeout, memory, crashed, error). 1: go on whatever fails."""
     server: RewardServerConfig = field(default_factory=RewardServerConfig)
     """Reward servers."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """The model behind terms whose source is judge."""
 
     def __post_init__(self) -> None:
         check_rewards(self)
@@ -117,6 +121,11 @@ class RewardConfig:
     def all_terms(self) -> tuple[RewardTermConfig, ...]:
         """The terms, with the short forms spelt out."""
         return (RewardTermConfig(source=self.function),) if self.function else self.terms or (RewardTermConfig(),)
+
+    @property
+    def judges(self) -> tuple[RewardTermConfig, ...]:
+        """The terms that a judge decides."""
+        return tuple(term for term in self.all_terms if term.source == "judge")
 
     def worth(self, status: str) -> float | None:
         """What a status other than ok is worth."""
@@ -153,6 +162,9 @@ def check_rewards(config: RewardConfig) -> None:
         require(getattr(server, name) >= 0, f"reward.server.{name}", getattr(server, name), "must not be negative")
     for term in config.all_terms:
         check_term(term, "function" if config.function else "terms")
+        if term.source == "judge":
+            check_judge(config.judge)
+            with_options(config.judge, term.options)
     names = Counter(term.label for term in config.all_terms)
     twice = [name for name, count in names.items() if count > 1]
     require(not twice, "reward.terms", twice, "each term needs a name of its own: set name")
@@ -166,7 +178,7 @@ def check_term(term: RewardTermConfig, flag: str) -> None:
     require("/" not in term.label and bool(term.label), where, term.label, "a term's name has no slash: it becomes part of the names of metrics")
     if term.source in BUILT_IN or term.urls:
         require(term.form == "auto", where, term.form, f"form is for functions; {term.source} has none")
-    if term.source != "judge":  # whose options are its own
+    if term.source != "judge":  # whose options are settings of reward.judge
         check_options(term, where)
     for url in term.urls:
         check_url(url, where)
