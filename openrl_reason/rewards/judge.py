@@ -57,10 +57,7 @@ class JudgeReward:
         self._prompts = load_prompts(config.prompts)
         key = derive_seed(engines.seed, "judge fence").to_bytes(8, "big")
         self._encoder = PromptEncoder(self._tokenizer, key)
-        self._labels: list[tuple[int, ...]] = []
-        if config.mode != "verdict":
-            flag, words = ("labels", config.labels) if config.mode == "expected_score" else ("yes and --reward.judge.no", (config.yes, config.no))
-            self._labels = label_tokens(words, self._tokenizer, f"--reward.judge.{flag}")
+        self._labels = find_labels(config, self._tokenizer)
         self._answer_prefix = self._find_answer_prefix()
         self._lock = threading.Lock()
         self._tally: dict[str, list[float]] = {}
@@ -243,6 +240,14 @@ def read_verdict(text: str, stop_reason: str, lowest: int, highest: int) -> tupl
     return (number - lowest) / (highest - lowest), ""
 
 
+def find_labels(config: JudgeConfig, tokenizer: Any) -> list[tuple[int, ...]]:
+    """The tokens of each possible answer; none for verdicts. Raises ConfigError, as `label_tokens`."""
+    if config.mode == "verdict":
+        return []
+    flag, words = ("labels", config.labels) if config.mode == "expected_score" else ("yes and --reward.judge.no", (config.yes, config.no))
+    return label_tokens(words, tokenizer, f"--reward.judge.{flag}")
+
+
 def label_tokens(words: Sequence[str], tokenizer: Any, flag: str) -> list[tuple[int, ...]]:
     """For each word the tokens that say it: alone, and with the space before it where the vocabulary has that as one token.
 
@@ -274,30 +279,47 @@ def judge_role(config: JudgeConfig) -> Role | None:
     return Role("judge", config.rollout.num_engines, config.rollout.tensor_parallel) if config.path else None
 
 
-def start_judge(config: JudgeConfig, *, placement: Placement, policy_pool: RolloutPool | None, policy_tokenizer: Any, seed: int = 0) -> JudgeEngines:
-    """The engines of a run's judges: a pool of its own for ``path`` (its placement must hold ``judge_role``), else the policy's.
+def prepare_judge(config: JudgeConfig, options: Sequence[Mapping[str, Any]], policy_tokenizer: Any) -> Any:
+    """Checks what can be checked before an actor starts, for the ``options`` of each judge's reward term; returns the judges' tokenizer.
 
     Raises:
-        ConfigError: there is neither ``path`` nor a policy, or the model has no tokenizer.
+        ConfigError: a setting cannot work, or a label is more than one token.
+        DataError: the judge's model has no tokenizer, or a file of prompts does not read.
     """
     check_judge(config)
+    tokenizer = policy_tokenizer
+    if config.path:
+        from openrl_reason.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(config.path, trust_remote_code=config.rollout.trust_remote_code)
+    for own in options:
+        find_labels(with_options(config, own), tokenizer)
+    return tokenizer
+
+
+def start_judge(config: JudgeConfig, tokenizer: Any, *, placement: Placement, policy_pool: RolloutPool | None = None, seed: int = 0) -> JudgeEngines:
+    """The engines of a run's judges: a pool of its own for ``path`` (its placement must hold ``judge_role``), else the policy's.
+
+    Args:
+        tokenizer: what ``prepare_judge`` returned.
+
+    Raises:
+        ConfigError: there is neither ``path`` nor a policy.
+    """
     if not config.path:
         if policy_pool is None:
-            raise ConfigError("--reward.judge.path is empty: here there are no engines of the policy that could judge, so name a model")
-        return JudgeEngines(policy_pool, policy_tokenizer, shared=True, seed=seed)
-    from openrl_reason.models.loading import load_tokenizer
+            raise ConfigError("--reward.judge.path is empty, and here are no engines of a policy that could judge: name a model")
+        return JudgeEngines(policy_pool, tokenizer, shared=True, seed=seed)
     from openrl_reason.workers.rollout import RolloutPool
 
-    tokenizer = load_tokenizer(config.path)
     return JudgeEngines(RolloutPool(config.rollout, config.path, placement=placement, seed=seed, role="judge"), tokenizer, seed=seed)
 
 
-def judge_reward(config: JudgeConfig, engines: JudgeEngines | None, options: Mapping[str, Any]) -> JudgeReward:
-    """The judge of one reward term; ``options`` of the term go before the run's settings.
-
-    Raises:
-        ConfigError: no engines were started for judges, or settings cannot work.
-    """
-    if engines is None:
-        raise ConfigError("--reward.terms holds a judge, but this command starts no engines for one: use it in training")
+def judge_reward(config: JudgeConfig, engines: JudgeEngines, options: Mapping[str, Any]) -> JudgeReward:
+    """The judge of one reward term, whose ``options`` go before the run's settings."""
     return JudgeReward(with_options(config, options), engines)
+
+
+def build_judge(*_: Any, **__: Any) -> JudgeReward:
+    """What a command without engines for judges gets. Raises ConfigError."""
+    raise ConfigError("--reward.terms holds a judge, but this command starts no engines for one")

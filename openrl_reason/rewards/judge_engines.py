@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from openrl_reason.workers.rollout import RolloutPool
 
 
+GROUPS = 1024
+"""The pool remembers every group until its weights change, which a judge's never do: so there is a fixed number of them."""
+
+
 @dataclass
 class Job:
     """One response to be judged."""
@@ -34,6 +38,14 @@ class Job:
     finish: Callable[[list[Completion]], RewardResult]
     """Makes the result out of the completions, in the order of the requests."""
     future: Future[RewardResult] = field(default_factory=Future)
+
+
+@dataclass
+class _Call:
+    """A method of the pool, to be called by the thread that drives it."""
+
+    method: str
+    future: Future[None] = field(default_factory=Future)
 
 
 class JobFailed(Exception):
@@ -63,7 +75,7 @@ class JudgeEngines:
 
     def __init__(self, pool: RolloutPool, tokenizer: Any, *, shared: bool = False, seed: int = 0) -> None:
         self.pool, self.tokenizer, self.shared, self.seed = pool, tokenizer, shared, seed
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | _Call | None] = queue.SimpleQueue()
         self._open: dict[str, tuple[_Open, int]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -80,12 +92,29 @@ class JudgeEngines:
 
     def submit(self, job: Job) -> Future[RewardResult]:
         """Queues a job. Its future fails if the engines fail for good, or are closed before."""
-        with self._lock:  # so that no job slips in behind the one that ends the thread
-            if self._failure is None:
-                self._jobs.put(job)
-            else:
-                job.future.set_exception(self._failure)
+        self._put(job)
         return job.future
+
+    def _put(self, entry: Job | _Call) -> None:
+        with self._lock:  # so that nothing slips in behind what ends the thread
+            if self._failure is None:
+                self._jobs.put(entry)
+            else:
+                entry.future.set_exception(self._failure)
+
+    def sleep(self) -> None:
+        """Frees the GPUs of a pool of its own (on CPUs does nothing); when all futures are done. A shared pool is its owner's to put to sleep."""
+        self._call("sleep")
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        self._call("wake")
+
+    def _call(self, method: str) -> None:
+        if not self.shared:
+            call = _Call(method)
+            self._put(call)
+            call.future.result()
 
     def flush(self) -> None:
         """With a shared pool: judges what was submitted, and returns when that is done. Otherwise jobs are on their way already.
@@ -118,24 +147,28 @@ class JudgeEngines:
     # --- the thread that drives the pool ---
 
     def _serve(self) -> None:
+        entries: list[Job | _Call] = []
         try:
             while self._failure is None:
-                jobs = self._waiting(block=not self._open)
-                self.pool.submit(self._requests(jobs))
+                entries = self._waiting(block=not self._open)
+                for call in (entry for entry in entries if isinstance(entry, _Call)):
+                    getattr(self.pool, call.method)()
+                    call.future.set_result(None)
+                self.pool.submit(self._requests(entry for entry in entries if isinstance(entry, Job)))
                 for completion in self.pool.poll():
                     self._arrived(completion)
         except Exception as error:  # noqa: BLE001  whoever waits for a future gets it
             self._end(error)
-        failure = self._failure or WorkerError("the judge was closed before this response was judged")
-        for opened, _ in list(self._open.values()):
-            _fail(opened.job.future, failure)
+        assert self._failure is not None
+        for entry in (*entries, *(opened.job for opened, _ in self._open.values())):
+            _fail(entry.future, self._failure)
 
-    def _waiting(self, *, block: bool = False) -> list[Job]:
-        jobs = [self._jobs.get()] if block else []
+    def _waiting(self, *, block: bool = False) -> list[Job | _Call]:
+        entries = [self._jobs.get()] if block else []
         with contextlib.suppress(queue.Empty):
             while True:
-                jobs.append(self._jobs.get_nowait())
-        return [job for job in jobs if job is not None]
+                entries.append(self._jobs.get_nowait())
+        return [entry for entry in entries if entry is not None]
 
     def _requests(self, jobs: Iterable[Job]) -> list[Request]:
         """The requests of all jobs; those without any are done."""
@@ -153,7 +186,7 @@ class JudgeEngines:
             opened = _Open(job, [None] * len(own), len(own))
             for index, request in enumerate(own):
                 request.request_id = f"judge/{number}/{index}"
-                request.group = f"judge/{number}"  # so that its requests share their prefix
+                request.group = f"judge/{number % GROUPS}"  # the requests of a job share their prefix
                 self._open[request.request_id] = opened, index
             if not own:
                 self._finish(opened)
@@ -180,15 +213,15 @@ class JudgeEngines:
         """From now on every job fails, those that wait included."""
         with self._lock:
             self._failure = self._failure or failure
-            for job in self._waiting():
-                _fail(job.future, self._failure)
+            for entry in self._waiting():
+                _fail(entry.future, self._failure)
 
 
-def _resolve(future: Future[RewardResult], result: RewardResult) -> None:
+def _resolve(future: Future, result: RewardResult) -> None:
     with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
         future.set_result(result)
 
 
-def _fail(future: Future[RewardResult], error: BaseException) -> None:
+def _fail(future: Future, error: BaseException) -> None:
     with contextlib.suppress(InvalidStateError):
         future.set_exception(error)

@@ -1,12 +1,15 @@
-"""What goes into and comes out of the rollout engines. Light: imports neither vLLM nor Ray."""
+"""What goes into and comes out of the rollout engines. Light: the standard library alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError
+
+if TYPE_CHECKING:
+    from openrl_reason.core.trajectory import StopReason
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_LABELS = 128

@@ -14,7 +14,7 @@ import torch
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError, DataError, WorkerError
 from openrl_reason.rewards.base import RewardSample
-from openrl_reason.rewards.judge import JudgeReward, judge_reward, judge_role, label_tokens, read_verdict
+from openrl_reason.rewards.judge import JudgeReward, build_judge, judge_reward, judge_role, label_tokens, prepare_judge, read_verdict, start_judge
 from openrl_reason.rewards.judge_config import JudgeConfig, JudgePrompts, check_judge, load_prompts, with_options
 from openrl_reason.rewards.judge_engines import Job, JudgeEngines
 from openrl_reason.rewards.judge_prompt import DoesNotFit, PromptEncoder
@@ -375,7 +375,10 @@ def test_the_options_of_a_term_change_a_copy(smol):
     with pytest.raises(ConfigError, match="no option 'path'"):
         with_options(JudgeConfig(), {"path": "elsewhere"})
     with pytest.raises(ConfigError, match="starts no engines"):
-        judge_reward(JudgeConfig(), None, {})
+        build_judge()
+    assert prepare_judge(JudgeConfig(), [{}, {"mode": "yes_no"}], smol) is smol
+    with pytest.raises(ConfigError, match="'10' is"):
+        prepare_judge(JudgeConfig(), [{"labels": ["1", "10"]}], smol)
     assert judge_role(JudgeConfig()) is None and judge_role(JudgeConfig(path="m")).name == "judge"
 
 
@@ -429,6 +432,21 @@ def test_closing_fails_what_is_left_and_hangs_nobody(smol):
     with pytest.raises(WorkerError, match="closed"):
         reward.submit(sample("three")).result(timeout=5)
     assert under_way.done()
+
+
+def test_sleep_and_wake_run_in_the_thread_that_drives_the_pool_and_a_failure_of_theirs_hangs_nobody(smol):
+    pool, threads = StubPool(lambda request: logs_of(*[0.1] * 9)), []
+    pool.sleep = lambda: threads.append(threading.current_thread().name)
+    pool.wake = lambda: (time.sleep(0.2), 1 / 0)
+    engines = JudgeEngines(pool, smol)
+    reward = JudgeReward(JudgeConfig(), engines)
+    engines.sleep()
+    assert threads == ["judge"]
+    threading.Thread(target=lambda: pytest.raises(ZeroDivisionError, engines.wake), daemon=True).start()
+    time.sleep(0.1)
+    with pytest.raises(ZeroDivisionError):
+        reward.submit(sample("two")).result(timeout=5)
+    engines.close()
 
 
 def test_a_fault_of_one_job_does_not_reach_the_others(smol):
@@ -490,7 +508,6 @@ def hf_expected_score(model, tokenizer, reward, one):
 def test_smollm2_judges_on_its_own_engines_while_the_policys_engines_generate(cluster, smol, tiny):
     from transformers import AutoModelForCausalLM
 
-    from openrl_reason.rewards.judge import start_judge
     from openrl_reason.workers.rollout import RolloutPool
 
     engine = RolloutConfig(dtype="float32", max_model_len=1024, max_num_seqs=8, kv_cache_gib=0.25)
@@ -500,9 +517,10 @@ def test_smollm2_judges_on_its_own_engines_while_the_policys_engines_generate(cl
     requests = [Request(str(i), [7 + i, 9], seed=i, sampling=SamplingConfig(max_new_tokens=64)) for i in range(24)]
     with RolloutPool(policy_config, str(folder), placement=Placement()) as policy:
         alone = {completion.request_id: completion.token_ids for completion in policy.generate(requests)}
-        engines = start_judge(config, placement=Placement(), policy_pool=policy, policy_tokenizer=tokenizer)
+        engines = start_judge(config, prepare_judge(config, [], tokenizer), placement=Placement(), policy_pool=policy)
         try:
-            reward, by_words = JudgeReward(config, engines), JudgeReward(replace(config, mode="verdict", max_new_tokens=24), engines)
+            engines.sleep(), engines.wake()
+            reward, by_words = judge_reward(config, engines, {}), judge_reward(config, engines, {"mode": "verdict", "max_new_tokens": 24})
             samples = [sample(f"It is {number}.\n#### {number}", question=f"What is 1 + {number}?") for number in range(6)]
             futures, together = [], {}
             for completion in policy.generate(requests):  # as the collector does
@@ -523,13 +541,12 @@ def test_smollm2_judges_on_its_own_engines_while_the_policys_engines_generate(cl
 
 
 def test_the_policy_judges_itself_between_collections(cluster, smol):
-    from openrl_reason.rewards.judge import start_judge
     from openrl_reason.workers.rollout import RolloutPool
 
     engine = RolloutConfig(dtype="float32", max_model_len=1024, max_num_seqs=8, kv_cache_gib=0.25)
     config = JudgeConfig(mode="yes_no", min_label_mass=0.0)
     with RolloutPool(engine, str(SMOL), placement=Placement()) as policy:
-        reward = JudgeReward(config, start_judge(config, placement=Placement(), policy_pool=policy, policy_tokenizer=smol))
+        reward = judge_reward(config, start_judge(config, smol, placement=Placement(), policy_pool=policy), {})
         futures = []
         for completion in policy.generate([Request("a", smol("One and one is")["input_ids"], seed=1, sampling=SamplingConfig(max_new_tokens=8))]):
             futures.append(reward.submit(sample(smol.decode(completion.token_ids))))
