@@ -299,11 +299,11 @@ function profile(entry, name, starts, n, box) {
 // Blue is positive, red is negative, zero has no colour; the same on light and dark paper.
 function diverging(value, limit) {
   if (!Number.isFinite(value) || !limit) return 'transparent';
-  const strength = Math.min(1, Math.abs(value) / limit);
+  const strength = Math.min(1, Math.abs(value) / limit) ** 0.7; // small values should still be seen, on dark paper above all
   return 'color-mix(in srgb, var(--' + (value > 0 ? 'positive' : 'negative') + ') ' + (85 * strength).toFixed(1) + '%, transparent)';
 }
 function colourLegend(name, limit) {
-  const stops = [-1, -0.5, 0, 0.5, 1].map((place) => diverging(place * limit, limit)).join(',');
+  const stops = [-1, -0.75, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 0.75, 1].map((place) => diverging(place * limit, limit)).join(',');
   return h('div', { class: 'legend' }, h('span', {}, CHANNELS[name] + ': ', '−' + format(limit, 3), h('i', { class: 'ramp wide-ramp', style: { background: 'linear-gradient(90deg,' + stops + ')' } }), '+' + format(limit, 3), h('span', { class: 'muted' }, ' (0 is colourless; point at a token for its numbers)')));
 }
 
