@@ -238,8 +238,7 @@ class GradingQueue:
                 pending.popleft()
                 number += 1
                 if tag == "unloadable":
-                    with contextlib.suppress(InvalidStateError):
-                        request.future.set_exception(ConfigError(f"grader {request.kind!r} cannot be loaded: {fields[0]}"))
+                    _refuse(request, fields[0])
                     continue
                 *result, fit = fields
                 if not fit:  # it leaves by itself: its heap is not to be trusted, or has grown too large
@@ -248,7 +247,12 @@ class GradingQueue:
                 self.finish(request, GradeResult(*result))
         except WorkerLate:
             worker.kill()
-            self._lose(worker, pending.popleft(), GradeResult(0.0, None, "timeout", f"no result within {limit_s:g} s"))
+            request = pending.popleft()
+            if ":" in request.kind and request.kind not in worker.loaded_kinds:  # no fault of the answer, and the next one would wait as long
+                _refuse(request, f"importing it took more than load_timeout_s={limit_s:g} s")
+                self._end(worker)
+            else:
+                self._lose(worker, request, GradeResult(0.0, None, "timeout", f"no result within {limit_s:g} s"))
             return False
         except WorkerDied:
             if self.closed:
@@ -297,3 +301,8 @@ def _abandon(request: Request, reason: str | None = None) -> None:
         return
     with contextlib.suppress(InvalidStateError):
         request.future.set_exception(WorkerError(reason or "the GraderPool was closed before this answer was graded"))
+
+
+def _refuse(request: Request, reason: str) -> None:
+    with contextlib.suppress(InvalidStateError):
+        request.future.set_exception(ConfigError(f"grader {request.kind!r} cannot be loaded: {reason}"))

@@ -165,13 +165,16 @@ def test_text_of_any_kind_reaches_the_grader_unchanged(kind):
 def test_an_unknown_or_broken_grader_is_an_error_and_not_a_reward_of_zero(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     (tmp_path / "empty.py").write_text("")
-    with GraderPool() as pool:
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(1000)\n")
+    with GraderPool(load_timeout_s=2.0) as pool:
         with pytest.raises(ConfigError, match="arithmetic"):
             pool.submit("x", "x", "arithmetics")
         with pytest.raises(ConfigError, match="no_such_module_anywhere"):
             pool.grade("x", "x", f"{tmp_path}/broken.py:grade")
         with pytest.raises(ConfigError, match="no function"):
             pool.grade("x", "x", f"{tmp_path}/empty.py:grade")
+        with pytest.raises(ConfigError, match="load_timeout_s=2"):
+            pool.grade("x", "x", f"{tmp_path}/endless.py:grade")
         assert pool.grade("#### 1", "1", "gsm8k").score == 1.0, "the pool goes on"
     for wrong in ({"num_workers": 0}, {"deadline_s": 0}, {"memory_mb": -1}):
         with pytest.raises(ConfigError):
