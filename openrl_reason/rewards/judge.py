@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from openrl_reason.workers.placement import Placement
     from openrl_reason.workers.rollout import RolloutPool
 
+GROUPS = 1024
+"""The pool remembers every group until its weights change, which a judge's never do: so there is a fixed number of them."""
 _SCORE_LINE = re.compile(r"Score: ([0-9]{1,9})")
 
 
@@ -164,7 +166,8 @@ class JudgeReward:
             sampling, labels = SamplingConfig(temperature=0.0, max_new_tokens=1), tuple(index for ids in self._labels for index in ids)
         identity = sample.item.task_id, content_id(sample.response), question.step, question.name
         seed = derive_seed(self._engines.seed, "judge", *identity)
-        return Request("", prompt.ids, seed=seed, sampling=sampling, label_ids=labels)
+        group = f"judge/{int(content_id(sample.item.task_id), 16) % GROUPS}"  # one engine for one item: its prompts begin alike
+        return Request("", prompt.ids, seed=seed, sampling=sampling, group=group, label_ids=labels)
 
     # --- results ---
 

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from openrl_reason.workers.rollout import RolloutPool
 
 
-GROUPS = 1024
-"""The pool remembers every group until its weights change, which a judge's never do: so there is a fixed number of them."""
-
-
 @dataclass
 class Job:
     """One response to be judged."""
@@ -186,7 +182,6 @@ class JudgeEngines:
             opened = _Open(job, [None] * len(own), len(own))
             for index, request in enumerate(own):
                 request.request_id = f"judge/{number}/{index}"
-                request.group = f"judge/{number % GROUPS}"  # the requests of a job share their prefix
                 self._open[request.request_id] = opened, index
             if not own:
                 self._finish(opened)

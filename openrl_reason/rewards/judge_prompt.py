@@ -1,8 +1,9 @@
 """Prompts to a judge in which the judged text stays text: it cannot close its fence, and it cannot become a control token.
 
-The fence is a hash of the material itself (keyed, so that it differs from run to run): to contain its own fence, a text would have to
-contain its own hash. What looks like one of the tokenizer's control tokens (``<|im_end|>``) is broken up by a space before it is tokenised,
-and the ids are looked at again afterwards.
+The fence of a text is a hash of that text (keyed, so that it differs from run to run): to contain its own fence, a text would have to contain
+its own hash. The fence of a question is thus the same for all responses to it, and engines compute their common prefix once. What
+looks like one of the tokenizer's control tokens (``<|im_end|>``) is broken up by a space before it is tokenised, and the ids are looked at again
+afterwards.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from openrl_reason.tasks.base import render_chat
 MATERIAL = ("question", "gold", "response", "previous", "step")
 """Fields that come from elsewhere and are therefore fenced."""
 _CUT_FIRST = {"previous": "its beginning", "response": "its middle", "step": "its middle"}
-_FIELD = re.compile(r"\{(" + "|".join((*MATERIAL, "fence")) + r")\}")
+_FIELD = re.compile(r"\{(" + "|".join(MATERIAL) + r")\}")
 _MARKER = "Q7zfield{}fieldZ7Q"  # survives any chat template, which sees markers instead of the material
+
+_CODE = re.compile(_MARKER.format(f"code({'|'.join(MATERIAL)})"))
 
 
 class DoesNotFit(Exception):
@@ -54,13 +57,16 @@ class PromptEncoder:
         self._control = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._rendered: dict[tuple[str, str], list[str]] = {}
 
-    def fence(self, material: Mapping[str, str]) -> str:
-        """The code on the marker lines around this material: 16 hex digits that occur nowhere in it."""
-        content = "\x1f".join(f"{name}={text}" for name, text in sorted(material.items())).encode("utf-8", "surrogatepass")
+    def fences(self, material: Mapping[str, str]) -> dict[str, str]:
+        """The code on the marker lines of each text: 16 hex digits that occur nowhere in the material."""
+        return {name: self._fence(name, text, material.values()) for name, text in material.items()}
+
+    def _fence(self, name: str, text: str, everything: Collection[str]) -> str:
+        content = f"{name}={text}".encode("utf-8", "surrogatepass")
         counter = 0
         while True:
             code = hmac.new(self._key, content + counter.to_bytes(4, "big"), hashlib.blake2b).hexdigest()[:16]
-            if not any(code in text.lower() for text in material.values()):
+            if not any(code in other.lower() for other in everything):
                 return code
             counter += 1
 
@@ -85,11 +91,12 @@ class PromptEncoder:
         Raises:
             DoesNotFit: see there.
         """
-        fence, broken = self.fence(material), 0
+        fences, broken = self.fences(material), 0
         parts: list[tuple[str, list[int]]] = []  # (field or "", ids)
         for index, piece in enumerate(self._pieces(template, answer_prefix)):
             if index % 2 == 0:
-                parts.append(("", self._tokenise(piece.replace(_MARKER.format("fence"), fence), first=index == 0)))
+                text = _CODE.sub(lambda match: fences[match[1]], piece)
+                parts.append(("", self._tokenise(text, first=index == 0)))
             else:
                 text, count = self.break_up(material[piece])
                 broken += count
@@ -101,7 +108,7 @@ class PromptEncoder:
         return EncodedPrompt(ids, cut, broken)
 
     def _pieces(self, template: str, answer_prefix: str) -> list[str]:
-        """Text and field names in turn, the first and last a text; texts hold ``{fence}``. A field's marker lines belong to the texts."""
+        """Text and field names in turn, the first and last a text. A field's marker lines belong to the texts, with markers for their codes."""
         key = (template, answer_prefix)
         if key not in self._rendered:
             marked = _FIELD.sub(lambda match: _MARKER.format(match[1]), template)
@@ -111,8 +118,9 @@ class PromptEncoder:
                 text = f"{marked}\n\n{answer_prefix}"
             pieces = re.split(_MARKER.format(f"({'|'.join(MATERIAL)})"), text)
             for index in range(1, len(pieces), 2):
-                pieces[index - 1] += f"<<<{pieces[index]} {_MARKER.format('fence')}>>>\n"
-                pieces[index + 1] = f"\n<<<end of {pieces[index]} {_MARKER.format('fence')}>>>" + pieces[index + 1]
+                name, code = pieces[index], _MARKER.format("code" + pieces[index])
+                pieces[index - 1] += f"<<<{name} {code}>>>\n"
+                pieces[index + 1] = f"\n<<<end of {name} {code}>>>" + pieces[index + 1]
             self._rendered[key] = pieces
         return self._rendered[key]
 
