@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from openrl_reason.config import require
 from openrl_reason.errors import ConfigError, did_you_mean
-from openrl_reason.rewards.judge_config import JudgeConfig
 from openrl_reason.rewards.judge_config import JudgeConfig, check_judge, with_options
 from openrl_reason.rewards.penalties import PENALTIES, check_options
 
