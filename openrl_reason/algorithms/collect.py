@@ -197,16 +197,14 @@ def check_failures(rollouts: Rollouts, max_failed_rate: float) -> None:
 
 
 def readable(rollouts: Rollouts, step: int, limit: int, *, source: str = "train", tokenizer: Any = None, batch: Any = None) -> list[dict[str, Any]]:
-    """Records for ``rollouts.jsonl``: evenly spaced samples, or all with ``limit`` -1.
+    """Records for ``rollouts.jsonl``: whole groups of siblings, evenly spaced, as far as ``limit`` goes; all with -1.
 
     With a ``tokenizer`` they hold the text of each token, and with the ``batch`` that ``credit`` made of them (its ``sequences["places"]``
     says which is which) advantages, values and log-prob ratios beside them.
     """
-    total = len(rollouts.trajectories)
-    count = total if limit < 0 else min(limit, total)
     rows = {} if batch is None else {int(place): row for row, place in enumerate(batch.sequences["places"])}
     records = []
-    for index in (number * total // count for number in range(count)):
+    for index in logged_places([t.group_id for t in rollouts.trajectories], limit):
         t, result = rollouts.trajectories[index], rollouts.results[index]
         record = {
             "step": step, "source": source, "trajectory_id": t.trajectory_id, "task_id": t.task_id, "prompt": t.info["prompt"],
@@ -218,6 +216,18 @@ def readable(rollouts: Rollouts, step: int, limit: int, *, source: str = "train"
             record |= _per_token(t, result, tokenizer, batch, rows.get(index))
         records.append(record)
     return records
+
+
+def logged_places(group_ids: Sequence[str], limit: int) -> list[int]:
+    """Places of at most ``limit`` samples (-1: all): whole groups where they fit, since siblings are read side by side, else single samples."""
+    total = len(group_ids)
+    count = total if limit < 0 else min(limit, total)
+    size = total // max(1, len(set(group_ids)))
+    groups = count // size if size else 0
+    if not groups:
+        return [number * total // count for number in range(count)]
+    firsts = [number * (total // size) // groups * size for number in range(groups)]
+    return [first + sibling for first in firsts for sibling in range(size)]
 
 
 def _per_token(trajectory: Trajectory, result: RewardResult, tokenizer: Any, batch: Any, row: int | None) -> dict[str, Any]:

@@ -142,8 +142,7 @@ class ReinforceTrainer(Trainer):
             metrics["train/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
         metrics |= self.sync(self.done + 1)
-        tokens = self.tokenizer if self.run.log_rollout_tokens else None
-        self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts, tokenizer=tokens, batch=batch))
+        self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts, tokenizer=self._token_texts, batch=batch))
         return rollouts.metrics | metrics
 
     def collect(self) -> Rollouts:
@@ -241,13 +240,17 @@ class ReinforceTrainer(Trainer):
         parts = self.pool.sync_weights(self.policy, version, between=self._engines_turn)
         return {f"timing/{name}": seconds for name, seconds in parts.items()} | {"timing/sync": time.perf_counter() - started}
 
+    @property
+    def _token_texts(self) -> Any:
+        return self.tokenizer if self.run.log_rollout_tokens else None
+
     def evaluate(self) -> dict[str, float]:
         """Every evaluation set, always the same items with the same seeds; a share of the samples goes to rollouts.jsonl."""
         metrics: dict[str, float] = {}
         for eval_set in self.eval_sets:
             result = self.evaluator.run(eval_set, (self.run.seed, "eval"))
             metrics |= result.metrics
-            self.log.rollouts(result.records(step=self.done, limit=self.run.log_rollouts))
+            self.log.rollouts(result.records(step=self.done, limit=self.run.log_rollouts, tokenizer=self._token_texts))
         return metrics
 
     # ---- the run -------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class RunConfig:
     dry_run: bool = False
     """Print the plan (actors, bundles, batch arithmetic, memory) and stop."""
     log_rollouts: int = 8
-    """Rollouts per step written to rollouts.jsonl (-1: all)."""
+    """Rollouts per step written to rollouts.jsonl: whole groups of siblings as far as they fit (-1: all)."""
     log_rollout_tokens: bool = True
     """Write each token's text, advantage and log-prob with them, for the report (about 25 bytes a token)."""
     report: bool = True

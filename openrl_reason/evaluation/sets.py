@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openrl_reason.algorithms.collect import Collector, Rollouts, readable
+from openrl_reason.algorithms.collect import Collector, Rollouts, logged_places, readable
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError, DataError
@@ -178,9 +178,8 @@ class SetResult:
     def records(self, *, step: int = 0, limit: int = -1, tokenizer: Any = None) -> list[dict[str, Any]]:
         """One per sample, in the form of ``rollouts.jsonl``: all, or ``limit`` evenly spaced ones; with a ``tokenizer``, token by token."""
         records = readable(self.rollouts, step, limit, source=f"eval/{self.eval_set.name}", tokenizer=tokenizer)
-        total = len(self.rollouts.trajectories)
-        for number, record in enumerate(records):
-            place = number * total // len(records)
+        places = logged_places([t.group_id for t in self.rollouts.trajectories], limit)
+        for place, record in zip(places, records, strict=True):
             record["sample_index"] = place % self.eval_set.num_samples
             if self.details:
                 graded = {kind: results[place] for kind, results in self.details.items()}

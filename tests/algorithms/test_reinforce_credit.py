@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openrl_reason.algorithms.collect import FAILED, Rollouts, check_failures, readable
+from openrl_reason.algorithms.collect import FAILED, Rollouts, check_failures, logged_places, readable
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
@@ -198,4 +198,13 @@ def test_written_rollouts_hold_rewards_that_are_missing_as_null():
     records = readable(samples, 3, -1, batch=batch)
     assert [record["reward"] for record in records] == [None, *REWARDS[1:]]
     assert records[0]["status"] == "timeout" and records[0]["step"] == 3 and records[0]["detail"] == "because"
-    assert len(readable(samples, 3, 4)) == 4
+    assert len(readable(samples, 3, 4)) == 3
+
+
+def test_logged_samples_are_whole_groups_as_far_as_the_limit_goes():
+    groups = [str(index // 4) for index in range(32)]
+    assert logged_places(groups, -1) == list(range(32))
+    assert logged_places(groups, 8) == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert logged_places(groups, 3) == [0, 10, 21]
+    assert logged_places(groups, 0) == [] and logged_places([], 8) == []
+    assert len(logged_places([str(index) for index in range(9)], 4)) == 4
