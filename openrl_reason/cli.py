@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from openrl_reason.config import parse_config
 from openrl_reason.environment import prepare_environment
 from openrl_reason.errors import ConfigError, DataError, MissingDependencyError, OpenRLError, did_you_mean
+from openrl_reason.observe.redact import redact_text
 
 
 def _sft(argv: Sequence[str], prog: str) -> None:
@@ -68,13 +69,18 @@ class Command:
 
     run: Callable[[Sequence[str], str], None]
     summary: str
+    interrupted: str = ""
+    """What Ctrl-C leaves behind."""
 
+
+_GOES_ON = " With --output, the same command goes on from the samples it has."
+_RESUMES = " The last complete checkpoint is intact; --run.resume continues from it."
 
 COMMANDS = {
     "make-model": Command(_make_model, "write a small model made on the spot (or SmolLM2-135M-Instruct) as a Hugging Face folder"),
-    "sft": Command(_sft, "supervised fine-tuning on solutions"),
-    "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy"),
-    "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals"),
+    "sft": Command(_sft, "supervised fine-tuning on solutions", _RESUMES),
+    "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy", _RESUMES),
+    "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
@@ -111,15 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(words[1:], f"openrl-reason {name}")
     except (ConfigError, DataError, MissingDependencyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact_text(str(error))}", file=sys.stderr)
         return 2
     except OpenRLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "interrupted: all actors are stopped. The last complete checkpoint is intact; --run.resume continues from it.", file=sys.stderr
-        )
+        print(f"interrupted: everything it started is stopped.{COMMANDS[name].interrupted}", file=sys.stderr)
         return 130
     return 0
 
