@@ -47,7 +47,8 @@ def unit_name(words: str) -> str:
     names: list[str] = []
     power = ""
     for word in re.findall(r"[a-z]+|\^-?[0-9]|[^\sa-z]+", words):
-        name = UNIT_NAMES.get(word) or (word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word)
+        plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss") and word not in _NO_UNITS
+        name = UNIT_NAMES.get(word) or (word[:-1] if plural else word)
         if name in ("square", "cubic"):
             power = "^2" if name == "square" else "^3"
             if names and word in ("squared", "cubed"):

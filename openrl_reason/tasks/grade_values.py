@@ -152,7 +152,7 @@ class Evaluator:
         name = tree[1]
         function = getattr(self, "_call_" + name, None)
         arguments = [self(argument) for argument in tree[2:]]
-        if function is not None:
+        if function is not None and len(arguments) in _NUM_ARGUMENTS.get(name, (1,)):
             return function(*arguments)
         if name in _FUNCTIONS and len(arguments) == 1:
             value = numeric(arguments[0])
@@ -229,6 +229,8 @@ class Evaluator:
         return min(values, key=_real)
 
 
+_NUM_ARGUMENTS = {"log": (1, 2), "root": (2,), "binom": (2,), "max": range(1, 1000), "min": range(1, 1000)}
+"""Of the functions that do not have one argument. A list in brackets, ``\\ln(1, 2)``, is read as arguments, however many there are."""
 _FUNCTIONS = {
     "sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot, "sec": mp.sec, "csc": mp.csc, "arcsin": mp.asin, "arccos": mp.acos,
     "arctan": mp.atan, "arccot": mp.acot, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh,

@@ -32,7 +32,7 @@ _ANSWER = re.compile(
 )
 _ANYWHERE = re.compile(rf"(?<![\w.,])[-\u2212]?{_CURRENCY}{_DECIMAL}(?!,[0-9])")
 # Words that would make the number another number, or one of several.
-_NOT_UNITS = frozenset("k m bn hundred thousand million billion trillion dozen half third quarter or to and times squared".split())
+_NOT_UNITS = frozenset("k m bn hundred thousand million billion trillion dozen half third quarter or to and times plus minus not squared".split())
 _MARK = "####"
 
 
@@ -56,7 +56,10 @@ def canonical_number(text: str) -> str | None:
     ``-0`` is ``0``; trailing zeros and the trailing period go; ``6/4`` is ``1.5`` and ``1/3`` stays ``1/3`` in lowest terms."""
     # A match against an answer of many thousand characters could backtrack; no honest answer is that long.
     match = _ANSWER.fullmatch(text) if len(text) <= 4096 else None
-    if match is None or (match["sign"] and match["sign2"]) or _NOT_UNITS & set(re.findall(r"[^\W\d_]+", match["unit"].lower())):
+    if match is None or (match["sign"] and match["sign2"]):
+        return None
+    words = re.findall(r"[^\W\d_]+", match["unit"].lower())
+    if any(word in _NOT_UNITS or (len(word) > 3 and word.removesuffix("s") in _NOT_UNITS) for word in words):
         return None
     negative = (match["sign"] or match["sign2"]) in ("-", "\u2212")
     whole, _, decimals = match["number"].replace(",", "").partition(".")

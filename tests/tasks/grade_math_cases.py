@@ -102,5 +102,7 @@ DIFFERENT = [
     (r"\text{increasing}", r"\text{decreasing}"), (r"\text{East}", r"\text{west}"), ("A", "B"), ("A", "a"), ("ABC", "CBA"),
     (r"\triangle ABC", r"\triangle CBA"), (r"12^\circ", r"12\%"), (r"12\text{ m}", r"12\text{ m}^2"), (r"12\text{ ft}", r"12\text{ in}"),
     (r"12\text{ ft}", "12'"), (r"3\text{ hours}", r"180\text{ minutes}"), ("0.5", "50"), ("50", "0.5"), ("1:2", "2:4"), ("11:00", "23:00"),
-    ("2+3i", "2+3j"), ("|z|", "|w|"),
+    ("2+3i", "2+3j"), ("|z|", "|w|"), ("5", r"5\text{ plus}"), ("5", r"5\text{ minus x}"), ("5", r"5\text{ times}"), ("5", r"5\text{ dozens}"),
+    # A list behind a function must be a wrong answer like any other: an exception would spare a policy the reward for it.
+    *(("5", rf"\{name}(1,2{more})") for name in ("ln", "lg", "exp", "log", "sin", "arg", "Re", "gcd") for more in ("", ",3")),
 ]  # fmt: skip

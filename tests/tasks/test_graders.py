@@ -46,7 +46,8 @@ def test_canonical_form(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "1,8", "1,23", "12,34,567", "1,2345", "18 19", "18 or 19", "18:00", "1e3", "12 thousand", "3 dozen", "18 and a half", "--5",
+    ["", " ", "1,8", "1,23", "12,34,567", "1,2345", "18 19", "18 or 19", "18:00", "1e3", "12 thousand", "3 dozen", "12 thousands", "18 millions",
+     "18 plus two", "18 minus nine", "18 and a half", "--5",
      "-$-5", "five", "x = 5", "18.5.2", "5 = 5", "(18)", "\u0661\u0668", "1/0", "18-19", "18; 20", "nan", "inf", "0x12",
      "1_000", "__import__('os')"],
 )  # fmt: skip
