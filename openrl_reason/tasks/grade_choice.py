@@ -18,8 +18,13 @@ _END = r"(?:[\s*$)}\].:,;!?\"'`]|$)"
 _STATEMENTS = re.compile(
     r"(?P<mark>####)|(?P<finish>\bFinish\[)|(?P<is>\b(?:answer|correct (?:option|choice))\s{0,3}(?:is\b|:|=)[\s:]{0,8})", re.IGNORECASE
 )
-_LETTER = re.compile(rf"{_WRAPPED}(?:(?:option|choice)\s)?{_WRAPPED}(?P<letter>[A-Z])(?![A-Za-z0-9'\u2019]){_WRAPPED}", re.DOTALL)
-_OTHER_LETTER = re.compile(r"[\s*$)}\].]{0,8}(?:,|;|/|&|\bor\b|\band\b)\s{0,3}[\s*$({\[\\a-z]{0,12}(?:[A-Z](?![A-Za-z]))")
+_LETTER = re.compile(rf"{_WRAPPED}(?:(?:option|choice)\s)?{_WRAPPED}(?P<letter>[A-Z])(?![A-Za-z0-9]|['\u2019][A-Za-z]){_WRAPPED}", re.DOTALL)
+# Another letter behind the first: ", or (B)", "/B", "A B C" to the end. Not the "I" of "I think", and not a letter that a reason speaks of.
+_REASON = r"(?:because|since|as|while|not)\b"
+_ANOTHER = r"(?:[A-HJ-Z](?![A-Za-z])|I(?![A-Za-z]|\s[a-z]))"
+_OTHER_LETTER = re.compile(
+    rf"[\s*$)}}\].]{{0,8}}(?:,|;|/|&|\||\+|\(?\bor\b|\band\b)\s{{0,3}}+(?!{_REASON})[\s*$({{\[\\a-z]{{0,12}}{_ANOTHER}|(?:\s{{1,3}}[A-Z]){{1,26}}[\s.]{{0,3}}$"
+)
 # "A" and "I" are words of English: in running text they need a bracket, a full stop, the end of the line or "because" behind them.
 _ENDS_LETTER = re.compile(r"\s*(?:[.,;:!?)\]}*$\"'`]|$|\n|because\b|since\b)")
 _LAST_LINE = re.compile(r"[\s*$({\[\"'`]{0,8}(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\(?)?([A-Z])[\s*$)}\].\"'`]{0,8}")
@@ -128,7 +133,7 @@ def text_gold(gold: str) -> str:
     return expected
 
 
-_YES_NO = re.compile(r"[\W_]*(?:the )?(yes|no)\b(?!\s+(?:or|and)\b)", re.IGNORECASE)
+_YES_NO = re.compile(r"[\W_]*(?:the )?(yes|no)\b(?!\s+(?:or|and)\b|(?:[\s,/|&]|\b(?:or|and)\b){1,8}(?:yes|no)[\W_]*$)", re.IGNORECASE)
 _ALONE = re.compile(r"[\W_]{0,8}(?:\\text\s?\{)?(yes|no)[\W_]{0,8}", re.IGNORECASE)
 
 

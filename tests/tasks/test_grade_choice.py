@@ -14,7 +14,9 @@ from openrl_reason.tasks.graders import as_result, load_grader
         "The answer is **B**", "Finish[The answer is B.]", "Finish[B]", "because of A.\nB", "so\n(B)", "so\nB.", "so\n**B**", "so\n[B]\n",
         "The correct option is B.", "The answer is option B.", "the answer is: B", "The answer is $B$.", "Answer: B) Paris",
         "The answer is A. No, wait: the answer is B.", r"\boxed{A} hm \boxed{B}", r"the answer is A, \boxed{B}", "#### A\n#### B",
-        "The answer is B because A is a trap.", "I first thought the answer is C.\n\nB", "Answer = B",
+        "The answer is B because A is a trap.", "The answer is B, because A is a trap.",
+        "The answer is B, since A is false.", "The answer is B, I think.", "The answer is B, not A.", "The answer is 'B'",
+        "#### B A closer look shows why", "The answer is B: I see no other.", "I first thought the answer is C.\n\nB", "Answer = B",
     ],
 )  # fmt: skip
 def test_every_form_of_a_statement_is_read(text):
@@ -28,7 +30,9 @@ def test_every_form_of_a_statement_is_read(text):
         "", "B is the second letter", "Option B looks right", "A cat sat.", "The answer is a cat.", "The answer is A cat, of course.",
         "Answer: A cat",
         "The answer is I think unclear", r"\boxed{A cat}", r"\boxed{42}", r"\boxed{}", r"\boxed{A, B}", r"\boxed{A or B}", "#### A and B",
-        "The answer is A or B.", "The answer is (A) or (C).", "the answer is A, B", "The answer is not B", "answer", "ABCD", "so\nAB",
+        "The answer is A or B.",
+        "#### A B C D", "#### A|B", "#### A + B", "#### A (or B)", "Answer: B C D",
+        "The answer is (A) or (C).", "the answer is A, B", "The answer is not B", "answer", "ABCD", "so\nAB",
         "the answer is B2",
         r"\boxed{A} but \boxed{", "#### A\n####", "The answer is BC", "the answer isB", "A\nB and C", "The answer is clear.",
     ],
@@ -72,7 +76,8 @@ def test_yes_and_no_are_read_where_they_are_stated():
     ):
         assert grade_yes_no(text, "Yes")[0] == 1.0, text
         assert grade_yes_no(text, "no") == (0.0, "yes")
-    for text in ("", "yes or no", "it says yes somewhere in the middle", "#### maybe", r"\boxed{yes and no}", "the answer is yes or no", "yesterday"):
+    for text in ("", "yes or no", "it says yes somewhere in the middle", "#### maybe", r"\boxed{yes and no}", "the answer is yes or no", "yesterday",
+                 "#### yes no", "the answer is yes/no.", "#### Yes|No", "Answer: yes, or no"):  # fmt: skip
         assert grade_yes_no(text, "yes") == (0.0, None), text
     with pytest.raises(ValueError, match="neither"):
         grade_yes_no("yes", "maybe")
