@@ -148,7 +148,7 @@ class Collector:
     def _reward(self, trajectory: Trajectory, result: RewardResult) -> RewardResult:
         """Puts the reward onto the trajectory: on its last step, or one on each step. Without a reward it is 0 there, and NaN in the result."""
         trajectory.info.update(grade_status=result.status, parsed=result.parsed)
-        if result.step_scores is None or not np.isfinite(result.score):
+        if not result.step_scores or not np.isfinite(result.score):  # () is a response without text: no steps, but other terms may have paid
             trajectory.rewards[-1] = result.score if np.isfinite(result.score) else 0.0
             return result
         response = trajectory.info["response"]
@@ -158,7 +158,7 @@ class Collector:
             return replace(result, score=float("nan"), status="error", detail=detail, step_scores=None)
         steps = split_steps(response, self.task.step_kind)
         trajectory.step_ids[trajectory.action_mask] = token_steps(steps, pieces)
-        trajectory.rewards = np.asarray(result.step_scores, np.float32) if result.step_scores else np.zeros(1, np.float32)
+        trajectory.rewards = np.asarray(result.step_scores, np.float32)
         return result
 
 
