@@ -187,8 +187,9 @@ def _start(
 
 
 def _metrics(results: Sequence[SetResult]) -> dict[str, float]:
-    tokens = sum(trajectory.num_actions for result in results for trajectory in result.rollouts.trajectories)
-    seconds = sum(result.rollouts.metrics["timing/generate"] for result in results)
+    rates = [result.rollouts.metrics for result in results]  # of what was generated now, not of what an evaluation cut short had left
+    seconds = sum(rate["timing/generate"] for rate in rates)
+    tokens = sum(rate["perf/generated_tokens_per_second"] * rate["timing/generate"] for rate in rates)
     flat = {name: value for result in results for name, value in result.metrics.items()}
     return flat | {
         "num_items": sum(len(result.eval_set.items) for result in results),

@@ -9,7 +9,7 @@ import pytest
 from openrl_reason.config import parse_config, save_config
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.evaluation.config import EvalConfig, EvalSetConfig
-from openrl_reason.evaluation.evaluate import EvaluateConfig, refuse_leaks
+from openrl_reason.evaluation.evaluate import EvaluateConfig, _metrics, refuse_leaks
 from openrl_reason.evaluation.recording import RecordingPool
 from openrl_reason.evaluation.sets import Evaluator, SetDefaults, prepare_sets, training_sets
 from openrl_reason.rewards.base import RewardResult
@@ -190,6 +190,21 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_has(sums, grader, tmp_pa
     assert len(fresh.served) == 16
     recording.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_speed_of_a_continued_evaluation_is_that_of_what_it_generated(sums, grader, tmp_path):
+    class Counting(AnsweringPool):
+        def stats(self):
+            return super().stats() | {"generated_tokens": 100 * len(self.served)}
+
+    (one,) = prepare(EvalSetConfig(), task=sums)
+    for expected in (16, 0):  # the second finds everything in the file
+        recording = RecordingPool(tmp_path / "r.partial.jsonl", "x", resume=True)
+        recording.pool = Counting()
+        result = evaluator(grader, recording).run(one, (0,))
+        recording.close()
+        speed = _metrics([result])["generated_tokens_per_second"]
+        assert speed * result.rollouts.metrics["timing/generate"] == pytest.approx(100 * expected)
 
 
 def test_training_questions_among_the_items_are_refused(tmp_path):
