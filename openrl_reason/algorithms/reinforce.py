@@ -295,8 +295,8 @@ class ReinforceTrainer(Trainer):
         self.eval_sets = training_sets(
             config.eval, task=self.task, tokenizer=self.tokenizer, sampling=self.sampling, max_model_len=config.rollout.max_model_len
         )
-        if config.task.train_path and not config.task.allow_test_data_in_training:
-            refuse_overlap(train_items, self.eval_sets, config.task.train_path)
+        if not self.task.config.allow_test_data_in_training:
+            refuse_overlap(train_items, self.eval_sets, self.task.config.train_path or f"task {self.task.name}")
         for what, count in (("training", overlong), *((f"{one.name} evaluation", one.num_overlong) for one in self.eval_sets)):
             if count:
                 print(f"{count} {what} prompts leave no room for a full response within --rollout.max_model_len: left out")

@@ -11,9 +11,13 @@ from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import WorkerError
+from openrl_reason.errors import DataError, WorkerError
 from openrl_reason.models.policy import ModelOutput
+from openrl_reason.models.tiny import make_model
 from openrl_reason.rewards.base import RewardResult
+from openrl_reason.tasks.base import Task, TaskConfig
+from openrl_reason.workers.model_config import TrainedModelConfig
+from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 LENGTHS = [3, 5, 2, 4, 6, 1]
 REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # two prompts with three siblings each
@@ -208,3 +212,23 @@ def test_logged_samples_are_whole_groups_as_far_as_the_limit_goes():
     assert logged_places(groups, 3) == [0, 10, 21]
     assert logged_places(groups, 0) == [] and logged_places([], 8) == []
     assert len(logged_places([str(index) for index in range(9)], 4)) == 4
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_task_of_ones_own_may_not_train_on_held_out_questions(tmp_path, allowed):
+    class Twice(Task):
+        name = "twice"
+
+        def load_split(self, split):
+            return [self.make_item(f"What is {n} plus {n}?", gold=str(2 * n)) for n in (range(5) if split == "train" else range(4, 9))]
+
+    config = ReinforceConfig(
+        prompts_per_step=2, samples_per_prompt=2, policy=TrainedModelConfig(path=str(make_model(tmp_path / "model", num_layers=1))),
+        rollout=RolloutConfig(max_model_len=128), sampling=SamplingConfig(max_new_tokens=16),
+    )  # fmt: skip
+    driver = ReinforceTrainer(config, task=Twice(TaskConfig(allow_test_data_in_training=allowed)))
+    if allowed:
+        driver.prepare()
+    else:
+        with pytest.raises(DataError, match=r"1 training questions of task twice are among its 5 items.*--task.allow_test_data_in_training"):
+            driver.prepare()
