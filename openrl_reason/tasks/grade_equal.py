@@ -14,7 +14,7 @@ from mpmath import mp
 
 from openrl_reason.tasks.grade_latex import Tree
 from openrl_reason.tasks.grade_units import may_be_left_out, words_of
-from openrl_reason.tasks.grade_values import Unbounded, Undefined, numeric, proportional, same_value, symbols, values_at_points
+from openrl_reason.tasks.grade_values import DIGITS, Unbounded, Undefined, numeric, proportional, same_value, symbols, values_at_points
 
 INFINITY = ("sym", "∞")
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
@@ -344,9 +344,10 @@ def _end(tree: Tree) -> object:
     tree, _ = split_unit(tree)
     if symbols(tree):
         raise Unbounded("an end with variables")
-    rows = values_at_points([tree])
-    value = numeric(rows[0][0]) if rows else None
-    if value is None or mp.im(value) != 0:
-        raise Undefined("an end that is no real number")
-    with mp.workdps(12):
+    with mp.workdps(DIGITS):
+        rows = values_at_points([tree])
+        value = numeric(rows[0][0]) if rows else None
+        if value is None or mp.im(value) != 0:
+            raise Undefined("an end that is no real number")
+    with mp.workdps(DIGITS - 20):
         return +mp.mpf(value)

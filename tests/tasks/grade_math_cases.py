@@ -59,6 +59,7 @@ EQUAL = [
     ("2^n-1", "2^{n}-1"), ("(-1)^n", "(-1)^{n+2}"), ("n!", "n(n-1)!"), (r"2\arcsin x", r"\arcsin x\cdot 2"), ("e^{-x}", r"\frac{1}{e^x}"),
     (r"\ln 2+\ln 3", r"\ln 6"), ("x^{2008}+1", "1+x^{2008}"), ("A", r"\text{A}"), ("AB", "BA"),
     (r"\frac{1}{7}\triangle ABC", r"\frac17\triangle ABC"), ("12", r"12^\circ"), ("0.5", r"\frac{50}{100}"), ("1:2", "1 : 2"),
+    (r"(-\infty,\frac1{\sqrt2})\cup(1,\infty)", r"x<\frac{\sqrt2}{2}\text{ or }x>1"),
     ("7:30", r"7:30\text{ PM}"), ("-i", "i^3"), (r"\frac{i}{5}", "0.2i"), (r"\sqrt[4]{16}", "2"),
 ]  # fmt: skip
 
@@ -103,6 +104,8 @@ DIFFERENT = [
     (r"\triangle ABC", r"\triangle CBA"), (r"12^\circ", r"12\%"), (r"12\text{ m}", r"12\text{ m}^2"), (r"12\text{ ft}", r"12\text{ in}"),
     (r"12\text{ ft}", "12'"), (r"3\text{ hours}", r"180\text{ minutes}"), ("0.5", "50"), ("50", "0.5"), ("1:2", "2:4"), ("11:00", "23:00"),
     ("2+3i", "2+3j"), ("|z|", "|w|"), ("5", r"5\text{ plus}"), ("5", r"5\text{ minus x}"), ("5", r"5\text{ times}"), ("5", r"5\text{ dozens}"),
+    (r"(-\infty,\sqrt2)", "x<1.41421356237"), (r"(-\infty,\sqrt2)", "x<1.4142135623730950488016887242"),
+    (r"[0,1]\cup[2,3]", r"[0,1]\cup[2,3.00000000000001]"),
     # A list behind a function must be a wrong answer like any other: an exception would spare a policy the reward for it.
     *(("5", rf"\{name}(1,2{more})") for name in ("ln", "lg", "exp", "log", "sin", "arg", "Re", "gcd") for more in ("", ",3")),
 ]  # fmt: skip
