@@ -16,6 +16,7 @@ class TaskReward:
 
     def __init__(self, task: Task, grader: GraderPool) -> None:
         self._task, self._grader = task, grader
+        self._seen_restarts = grader.num_respawns
 
     def submit(self, sample: RewardSample) -> Future[RewardResult]:
         """Queue one response in the pool."""
@@ -28,8 +29,9 @@ class TaskReward:
         """The pool fills no batches."""
 
     def metrics(self) -> dict[str, Any]:
-        """The pool keeps its own counts."""
-        return {}
+        """``restarts``: processes of the pool that were replaced since the last call."""
+        before, self._seen_restarts = self._seen_restarts, self._grader.num_respawns
+        return {"restarts": float(self._seen_restarts - before)}
 
     def close(self) -> None:
         """The pool is its owner's to close."""

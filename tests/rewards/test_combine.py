@@ -176,7 +176,7 @@ def test_when_one_term_cannot_be_built_the_others_are_closed(tmp_path):
     before = threading.active_count()
     with pytest.raises(ConfigError, match="absent"):
         build_rewarder(RewardConfig(terms=terms), task=None, grader=None)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may end meanwhile
 
 
 def test_length_penalties_fall_from_0_at_the_target_to_minus_1():
