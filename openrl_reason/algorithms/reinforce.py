@@ -43,10 +43,11 @@ from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
 from openrl_reason.core.losses import policy_loss
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import GateError
+from openrl_reason.errors import GateError, WorkerError
 from openrl_reason.evaluation.sets import Evaluator, refuse_overlap, training_sets
 from openrl_reason.rewards.base import Rewarder
 from openrl_reason.rewards.build import build_rewarder
+from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.rewards.judge import judge_reward, judge_role, prepare_judge, start_judge
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
@@ -167,6 +168,8 @@ class ReinforceTrainer(Trainer):
         if rollouts.chunks:
             batch = batch.with_tokens(ref_logprobs=torch.cat([chunk.result()["logprobs"] for chunk in rollouts.chunks]))
         graded = rewards.isfinite().nonzero().flatten().tolist()
+        if not graded:
+            raise WorkerError(f"not one of {batch.num_sequences} responses has a reward; statuses: {sorted(set(rollouts.statuses))}")
         batch = batch if len(graded) == batch.num_sequences else batch.select(graded)
         metrics = {"rollout/ungraded": float(len(rollouts.statuses) - len(graded)), "timing/reference_wait": time.perf_counter() - started}
         if self._updates_per_step > 1 or algo.kl.where == "reward":
@@ -274,6 +277,7 @@ class ReinforceTrainer(Trainer):
         return [
             ("algorithm", f"{algo.advantage}, {self._reduction} reduction, KL {algo.kl.where}, gamma {algo.gamma:g}"),
             ("rollouts of a step", f"{prompts} prompts x {samples} samples = {responses} responses of <= {budget} tokens"),
+            ("reward", "a Python function" if self._reward_function else describe_rewards(config.reward)),
             ("optimiser steps", f"{cut} = {updates} of each step; {self.run.steps * updates} in all"),
             ("policy", describe_model(config.policy)),
             ("engines", f"{engines.num_engines} x {engines.dtype}, tensor parallel {engines.tensor_parallel}, context {engines.max_model_len}"),

@@ -131,6 +131,13 @@ class RewardConfig:
         return getattr(self, status)
 
 
+def describe_rewards(config: RewardConfig) -> str:
+    """One line on the terms, for the plan."""
+    terms = [f"{term.weight:g} x {term.label}" + (f" ({term.source})" if term.source not in BUILT_IN else "") for term in config.all_terms]
+    judge = f"; judge {config.judge.path or 'the policy itself'}, {config.judge.mode}" if config.judges else ""
+    return " + ".join(terms) + judge
+
+
 def split_function(source: str) -> tuple[str, str]:
     """``file.py:function`` or ``module:function`` in two; of a bare ``file.py`` the function is ``reward_func``."""
     if source.endswith(".py"):
