@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FAILED = tuple(status for status in STATUSES if status not in ("ok", "no_answer"))
 """Statuses that mean that the grader or reward function failed, not the answer."""
+MAX_REWARD = 1e30
+"""Rewards and their differences are float32."""
 
 
 @dataclass
@@ -148,6 +150,9 @@ class Collector:
     def _reward(self, trajectory: Trajectory, result: RewardResult) -> RewardResult:
         """Puts the reward onto the trajectory: on its last step, or one on each step. Without a reward it is 0 there, and NaN in the result."""
         trajectory.info.update(grade_status=result.status, parsed=result.parsed)
+        if np.isfinite(result.score) and abs(result.score) > MAX_REWARD:
+            detail = f"the reward {result.score:g} is beyond what float32 holds"
+            result = replace(result, score=float("nan"), status="error", detail=detail, step_scores=None)
         if not result.step_scores or not np.isfinite(result.score):  # () is a response without text: no steps, but other terms may have paid
             trajectory.rewards[-1] = result.score if np.isfinite(result.score) else 0.0
             return result
@@ -170,11 +175,11 @@ def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:
     statuses, total = Counter(rollouts.statuses), len(trajectories)
     groups = rewards.reshape(-1, num_samples)
     graded = np.isfinite(rewards)
-    spread = np.array([np.nanmax(group) - np.nanmin(group) if np.isfinite(group).any() else 0.0 for group in groups])
+    spread = np.array([np.nanmax(group) - np.nanmin(group) for group in groups if np.isfinite(group).any()])
     return {
         "train/reward": float(rewards[graded].mean()) if graded.any() else float("nan"),
         "train/reward_std": float(rewards[graded].std()) if graded.any() else float("nan"),
-        "train/zero_variance_groups": float((spread == 0).mean()),
+        "train/zero_variance_groups": float((spread == 0).mean()) if len(spread) else float("nan"),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
         "response_length/min": float(lengths.min()),

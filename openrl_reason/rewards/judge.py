@@ -126,7 +126,8 @@ class JudgeReward:
         config = self.config
         if config.per_step and len(units) > config.max_steps:
             self._count(0, [])
-            raise JobFailed(failure("error", f"the response has {len(units)} steps, more than --reward.judge.max_steps {config.max_steps}"))
+            # Its author chose the number of steps: were this an error, which is left out of training, a policy could choose not to be judged.
+            raise JobFailed(failure("no_answer", f"the response has {len(units)} steps, more than --reward.judge.max_steps {config.max_steps}"))
         new_tokens = config.max_new_tokens if config.mode == "verdict" else 1
         try:
             return [

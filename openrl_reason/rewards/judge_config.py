@@ -49,7 +49,7 @@ class JudgeConfig:
     step_worth: str = "full"
     """per_step: full (the reward of a response is the sum of its steps' scores) or share (their mean)."""
     max_steps: int = 64
-    """per_step: a response with more steps than this has the status error."""
+    """per_step: a response with more steps than this has the status no_answer."""
     scale: float = 1.0
     """Factor of the score, which lies between 0 and 1 before."""
     max_response_tokens: int = 0

@@ -215,7 +215,7 @@ def test_each_step_is_judged_given_those_before_it_and_blank_ones_get_nothing(sm
 def test_a_response_without_steps_or_with_too_many_has_a_status(smol):
     reward, pool = judge(JudgeConfig(per_step=True, max_steps=3), smol, lambda request: logs_of(*[0.1] * 9))
     nothing, many = score(reward, sample("\n", steps=("\n",)), sample("a\n" * 4, steps=("a\n",) * 4))
-    assert (nothing.status, many.status) == ("no_answer", "error") and math.isnan(nothing.score) and "max_steps 3" in many.detail
+    assert (nothing.status, many.status) == ("no_answer", "no_answer") and math.isnan(nothing.score) and "max_steps 3" in many.detail
     assert pool.requests == []
     reward.close()
 
