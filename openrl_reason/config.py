@@ -70,9 +70,32 @@ def _explain(message: str, flags: dict[str, type]) -> str:
         name = top[1]
         return f"unknown setting {name!r}{did_you_mean(name, flags)}; --help lists all of them"
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
-    message = message.replace("Expected a <class 'tuple'>.", "Expected a list such as '[1, 2]'.")
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return " ".join(message.split())
+    message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", message).split())
+    flag = re.match(r"--([\w.]+): ", message)
+    kind = flags.get(flag[1]) if flag else None
+    example = _list_example(kind)
+    message = re.sub(r"(Expected a) tuple\.", rf"\1 list such as '{example}'.", message)
+    no_entry = r"Not a valid subclass of \w+\. Got value: (.*?) Subclass types .*"
+    message = re.sub(no_entry, rf"Expected a list such as '{example}'. Got entry: \1", message)
+    message = re.sub(r"Problem with given class_path '[\w.]+': --", "in an entry: ", message)
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(\w+), NoneType\].* Given value type: \w+ Given value: ",
+        r"Expected a \1 or null. Got value: ",
+        message,
+    )
+    message = re.sub(r"Does not validate against any of the Union subtypes .* Errors: - (.*) - Expected a NoneType Given value .*", r"\1", message)
+    message = message.replace(": in an entry: ", ": ")  # in the lists of settings
+    if kind == tuple[str, ...] and "Expected a str." in message:
+        message += f"; entries that look like numbers need quotes: '{example}'"
+    return message
+
+
+def _list_example(kind: Any) -> str:
+    """How a list of such entries is written on the command line."""
+    entry = (typing.get_args(kind) or (int,))[0]
+    if dataclasses.is_dataclass(entry):
+        return f'[{{"{dataclasses.fields(entry)[0].name}": ...}}]'
+    return '["1", "2"]' if entry is str else "[1, 2]"
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) -> Config:
@@ -90,7 +113,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) 
     parser.add_class_arguments(config_class)
     flags = flag_names(config_class)
     for file in _config_files(argv):
-        _refuse_repeated_keys(file)
+        _check_config_file(file)
     parsed = None
     try:
         parsed = parser.parse_args(_spell_out_switches(argv, flags))
@@ -109,12 +132,20 @@ def _config_files(argv: Sequence[str]) -> list[Path]:
     return [path for path in map(Path, following + joined) if path.is_file()]
 
 
-def _refuse_repeated_keys(file: Path) -> None:
-    """YAML readers keep the last of two equal keys and say nothing."""
+def _check_config_file(file: Path) -> None:
+    """YAML readers keep the last of two equal keys and say nothing; and the parser's messages about a file that is no YAML do not name it."""
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return  # the parser reports it, with the place
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ConfigError(f"--config: {place}: malformed YAML: {getattr(error, 'problem', None) or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config: {file} is not UTF-8 text; expected settings as YAML") from None
+    except OSError:
+        return  # the parser reports it
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"--config: {file} {'is empty' if root is None else 'holds no settings'}; expected YAML such as 'name: value'")
     nodes = [root]
     while nodes:
         node = nodes.pop()

@@ -119,6 +119,36 @@ def test_a_nested_settings_own_check_is_led_by_its_group():
         parse_config(ReinforceConfig, ["--rollout.block_size", "3"], prog="test")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"run:\n  steps: [\n", "run.yaml:3: malformed YAML"),
+        (b"", "run.yaml is empty"),
+        (b"hello", "run.yaml holds no settings"),
+        (b"\xff\xfe\x00", "run.yaml is not UTF-8"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named(content, expected, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected):
+        parse("--config", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--ids", "a"], r"^--ids: Expected a list such as '\[\"1\", \"2\"\]'. Got value: a$"),
+        (["--ids", "[1]"], r"^--ids: Expected a str. Got value: 1; entries that look like numbers need quotes"),
+        (["--sets", "[1]"], r"^--sets: Expected a list such as '\[\{\"name\": ...\}\]'. Got entry: 1$"),
+        (["--sets", '[{"temperature": "hot"}]'], "^--sets: temperature: Expected a float or null. Got value: hot$"),
+        (["--sets", '[{"task": {"num_train": "all"}}]'], "^--sets: task: num_train: Expected a int. Got value: all$"),
+    ],
+)
+def test_values_of_the_wrong_type_are_told_in_plain_words(words, expected):
+    with pytest.raises(ConfigError, match=expected):
+        parse_config(EvaluateConfig, words, prog="test")
+
+
 def test_a_key_that_is_set_twice_in_a_file_is_refused_with_both_lines(tmp_path):
     from openrl_reason.algorithms.reinforce_config import ReinforceConfig
 
