@@ -106,7 +106,7 @@ class Task:
             raise ConfigError(f"--task.grader: {error}") from None
         for flag, value in (("num_train", config.num_train), ("num_test", config.num_test), ("num_few_shot", config.num_few_shot)):
             if value < 0:
-                raise ConfigError(f"{flag}={value} must not be negative")
+                raise ConfigError(f"--task.{flag} is {value}: must not be negative")
         self._splits: dict[str, list[TaskItem]] = {}
         self._few_shot: FewShot | None = None
 
@@ -244,7 +244,10 @@ class Task:
                 kept.append(item)
                 ids.append(prompt_ids)
         if items and not kept:
-            raise DataError(f"task {self.name}: all {len(items)} prompts are longer than max_prompt_tokens={max_prompt_tokens}")
+            raise DataError(
+                f"task {self.name}: all {len(items)} prompts are longer than {max_prompt_tokens} tokens, the room for a prompt: raise"
+                " --rollout.max_model_len (sft: --max_length), lower --sampling.max_new_tokens, or ask for less (--task.num_few_shot)"
+            )
         return EncodedPrompts(kept, ids, len(items) - len(kept))
 
     def grade(self, text: str, item: TaskItem) -> GradeResult:
@@ -277,7 +280,7 @@ def select_items(items: Sequence[TaskItem], ids: Sequence[str]) -> list[TaskItem
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
             f"{len(unknown)} of the {len(set(wanted))} ids name none of the {len(items)} items: {', '.join(map(repr, unknown[:5]))}{more}"
-            f"{did_you_mean(unknown[0], by_id)}; an id is a task_id (rollouts.jsonl has them) or the id in the data"
+            f"{did_you_mean(unknown[0], by_id)}; an id is a task_id (rollouts.jsonl has them) or the id in the data (of your own file: --task.id_key)"
         )
     chosen: dict[int, TaskItem] = {}
     for name in wanted:
@@ -288,6 +291,8 @@ def select_items(items: Sequence[TaskItem], ids: Sequence[str]) -> list[TaskItem
 def load_task(config: TaskConfig) -> Task:
     """The task that ``config.name`` stands for. Raises ConfigError for an unknown name or a file without such a class."""
     if config.name in _TASKS:
+        if config.option_order and config.name in ("arithmetic", "gsm8k", "math", "file"):
+            raise ConfigError(f"--task.option_order is {config.option_order!r}, but task {config.name} has no options to show in another order")
         module, _, class_name = _TASKS[config.name].partition(":")
         return vars(importlib.import_module(f"openrl_reason.tasks.{module}"))[class_name](config)
     if ":" in config.name:

@@ -69,10 +69,10 @@ def resolve_style(config: TaskConfig, styles: Mapping[str, PromptStyle], own: Pr
     """The style that the settings ask for; ``own`` is the task's default. Raises ConfigError for unknown or contradictory settings."""
     if not config.prompt_style:
         if config.system_prompt and not config.apply_chat_template:
-            raise ConfigError("system_prompt is set, but apply_chat_template is false; set --task.apply_chat_template true")
+            raise ConfigError("--task.system_prompt is set, but --task.apply_chat_template is false: set it true")
         template = config.prompt_template or own.template
         if "{question}" not in template:
-            raise ConfigError(f"prompt_template={config.prompt_template!r} must contain {{question}}")
+            raise ConfigError(f"--task.prompt_template is {config.prompt_template!r}: it must contain {{question}}")
         return PromptStyle(template, config.apply_chat_template, config.system_prompt)
     if config.prompt_style not in styles:
         known = f"it has {', '.join(styles)}{did_you_mean(config.prompt_style, styles)}" if styles else "it has none: use --task.prompt_template"
