@@ -46,7 +46,7 @@ from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import GateError, WorkerError
 from openrl_reason.evaluation.sets import Evaluator, refuse_overlap, training_sets
 from openrl_reason.rewards.base import Rewarder
-from openrl_reason.rewards.build import build_rewarder
+from openrl_reason.rewards.build import build_rewarder, check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.rewards.judge import judge_reward, judge_role, prepare_judge, start_judge
 from openrl_reason.tasks.base import Task, load_task
@@ -289,6 +289,8 @@ class ReinforceTrainer(Trainer):
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, config.rollout.max_model_len, trust_remote_code=config.policy.trust_remote_code)
         self.task = self._task or load_task(config.task)
+        if self.run.dry_run and not self._reward_function:
+            check_sources(config.reward)
         if self._judges:
             self.judge_tokenizer = prepare_judge(config.reward.judge, [term.options for term in self._judges], self.tokenizer)
         # A prompt style may need stop strings of its own, or the model goes on to write the next question.

@@ -9,7 +9,7 @@ from typing import Any
 from openrl_reason.config import require
 from openrl_reason.rewards.base import Rewarder
 from openrl_reason.rewards.combine import CombinedRewards
-from openrl_reason.rewards.config import RewardConfig, RewardTermConfig
+from openrl_reason.rewards.config import RewardConfig, RewardTermConfig, split_function
 from openrl_reason.rewards.functions import callable_rewards, function_rewards
 from openrl_reason.rewards.penalties import PENALTIES, Penalty
 from openrl_reason.rewards.server import ServerRewards
@@ -54,6 +54,15 @@ def build_rewarder(
                 terms.append((term, source))
         stack.pop_all()
     return CombinedRewards(config, terms)
+
+
+def check_sources(config: RewardConfig) -> None:
+    """Loads every function once, and checks what servers need: what would end a run at its start ends a dry run, too. Asks no server."""
+    for term in config.all_terms:
+        if term.urls:
+            ServerRewards(term.urls, config.server).close()
+        elif split_function(term.source)[0]:
+            function_rewards(term.source, config, form=term.form, options=term.options).close()
 
 
 def _source(term: RewardTermConfig, config: RewardConfig, task: Task, grader: GraderPool, tokenizer: Any) -> Rewarder:

@@ -179,6 +179,9 @@ def check_rewards(config: RewardConfig) -> None:
 def check_term(term: RewardTermConfig, flag: str) -> None:
     """Refuses a term that cannot work."""
     where = f"reward.{flag}"
+    require(bool(term.source), where, term.source, "a term needs a source")
+    if not (term.source in BUILT_IN or term.urls or "://" not in term.source):
+        raise ConfigError(f"--{where} holds {term.source!r}: that is no address of the form http(s)://host:port/path")
     require(abs(term.weight) < float("inf"), where, term.weight, "a weight must be a finite number")
     require(term.form in FORMS, where, term.form, f"form is one of {', '.join(FORMS)}")
     require("/" not in term.label and bool(term.label), where, term.label, "a term's name has no slash: it becomes part of the names of metrics")

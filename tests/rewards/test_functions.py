@@ -15,7 +15,8 @@ from reward_helpers import alive, make_sample, reward_threads, score_all, wait_u
 
 import openrl_reason
 from openrl_reason.errors import ConfigError, DataError, WorkerError
-from openrl_reason.rewards.config import RewardConfig
+from openrl_reason.rewards.build import check_sources
+from openrl_reason.rewards.config import RewardConfig, RewardServerConfig, RewardTermConfig
 from openrl_reason.rewards.functions import MAX_LEFT_BEHIND, callable_rewards, function_rewards
 
 TROUBLE = """
@@ -418,3 +419,18 @@ def test_a_callable_that_always_hangs_stops_the_run_before_threads_pile_up():
             future.result(timeout=30)
     blocked.set()
     source.close()
+
+
+def test_sources_are_checked_without_a_run(tmp_path, monkeypatch):
+    good, broken = tmp_path / "good.py", tmp_path / "broken.py"
+    good.write_text("def f(response): return 1.0")
+    broken.write_text("def f(response) return 1.0")
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    check_sources(RewardConfig(terms=(RewardTermConfig("task"), RewardTermConfig(f"{good}:f"), RewardTermConfig("http://127.0.0.1:9/x"))))
+    with pytest.raises(ConfigError, match="cannot be loaded: SyntaxError"):
+        check_sources(RewardConfig(function=f"{broken}:f"))
+    with pytest.raises(ConfigError, match="--reward.server.token_variable is 'NO_SUCH_TOKEN'"):
+        check_sources(RewardConfig(function="http://127.0.0.1:9/x", server=RewardServerConfig(token_variable="NO_SUCH_TOKEN")))
+    for source, expected in (("", "a term needs a source"), ("ftp://127.0.0.1/x", "holds 'ftp://127.0.0.1/x': that is no address")):
+        with pytest.raises(ConfigError, match=expected):
+            RewardConfig(terms=(RewardTermConfig(source),))
