@@ -16,12 +16,13 @@ import numpy as np
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
-from openrl_reason.evaluation.config import check_intervals
+from openrl_reason.evaluation.config import check_intervals, check_output_file
 from openrl_reason.evaluation.intervals import Estimate, IntervalConfig, difference, mcnemar, sign_flip_test
 from openrl_reason.evaluation.metrics import GradedSamples, as_json, item_values
 from openrl_reason.evaluation.table import print_table
 
 RESULT_FORMAT = "openrl_reason evaluation 1"
+_SET_KEYS = {"name", "items", "num_samples", "sampling", "estimates"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def read_result(path: str) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON; expected the --output file of openrl-reason evaluate") from None
     if not isinstance(result, dict) or result.get("format") != RESULT_FORMAT:
         raise DataError(f"{path} is not a result of this version of openrl-reason evaluate: run the evaluation again with --output")
+    whole = isinstance(result.get("sets"), list) and isinstance(result.get("model"), dict) and "path" in result["model"]
+    if not whole or not all(isinstance(one, dict) and _SET_KEYS <= one.keys() for one in result["sets"]):
+        raise DataError(f"{path} is a result of openrl-reason evaluate with parts missing: run the evaluation again with --output")
     return result
 
 
@@ -109,7 +113,8 @@ def _compare_set(first: Mapping[str, Any], second: Mapping[str, Any], metric: st
     rows = _matching_rows(first, second, common_items)
     fewest = min(one["num_samples"] for one in (first, second))
     _, _, k = metric.partition("@")
-    require(not k or int(k) <= fewest, "metric", metric, f"set {first['name']!r} has {fewest} samples per item")
+    remedy = f"set {first['name']!r} has {fewest} samples per item: use another k, or name the sets that have enough in --sets"
+    require(not k or int(k) <= fewest, "metric", metric, remedy)
     one, two = (_samples(result, picked) for result, picked in zip((first, second), zip(*rows, strict=True), strict=True))
     values, others = item_values(one, metric), item_values(two, metric)
     known = np.isfinite(values) & np.isfinite(others)
@@ -169,7 +174,10 @@ def _notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ..
         "samples per item": [one["num_samples"] for one in (first, second)],
     }
     pairs |= {name: [one["sampling"][name] for one in (first, second)] for name in first["sampling"]}
-    return tuple(f"{name}: {values[0]} and {values[1]}" for name, values in pairs.items() if values[0] != values[1])
+    notes = [f"{name}: {values[0]} and {values[1]}" for name, values in pairs.items() if values[0] != values[1]]
+    if first.get("items_hash") == second.get("items_hash") and first.get("prompts_hash") != second.get("prompts_hash"):
+        notes.append("the prompts differ (style, few-shot examples or chat template)")
+    return tuple(notes)
 
 
 def print_comparisons(comparisons: Sequence[Comparison], first: str, second: str) -> None:
@@ -192,14 +200,17 @@ def print_comparisons(comparisons: Sequence[Comparison], first: str, second: str
 def compare_files(config: CompareConfig) -> list[Comparison]:
     """Reads, compares, prints and (with ``output``) writes."""
     require(bool(config.first and config.second), "second", config.second, "give two files: openrl-reason compare A.json B.json")
+    if config.output:
+        check_output_file(Path(config.output))
     first, second = read_result(config.first), read_result(config.second)
     comparisons = compare_results(first, second, config=config.intervals, metric=config.metric, names=config.sets, common_items=config.common_items)
-    print_comparisons(comparisons, _label(first, config.first), _label(second, config.second))
+    print_comparisons(comparisons, label(first, config.first), label(second, config.second))
     if config.output:
         plain = [vars(one) | {"difference": as_json(one.difference), "notes": list(one.notes)} for one in comparisons]
         write_json(config.output, {"first": first["model"], "second": second["model"], "comparisons": plain})
     return comparisons
 
 
-def _label(result: Mapping[str, Any], path: str) -> str:
+def label(result: Mapping[str, Any], path: str) -> str:
+    """A result's model and file."""
     return f"{result['model']['path']} ({path})"

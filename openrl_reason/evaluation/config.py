@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from openrl_reason.config import require
-from openrl_reason.errors import ConfigError
+from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.tasks.base import SPLITS, TaskConfig
 
@@ -69,7 +70,10 @@ class EvalSetConfig:
 
     def wanted_ids(self) -> list[str]:
         """``ids`` and the lines of ``ids_file``."""
-        lines = Path(self.ids_file).read_text(encoding="utf-8").splitlines() if self.ids_file else []
+        try:
+            lines = Path(self.ids_file).read_text(encoding="utf-8").splitlines() if self.ids_file else []
+        except (UnicodeDecodeError, OSError) as error:
+            raise DataError(f"ids_file {self.ids_file}: {getattr(error, 'strerror', None) or 'not UTF-8'}; expected one id a line") from None
         return [*self.ids, *(line.strip() for line in lines if line.strip())]
 
 
@@ -111,12 +115,21 @@ def check_not_repeated(num_samples: int, temperature: float, flag: str) -> None:
 def check_ks(ks: Sequence[int], num_samples: Sequence[int], flag: str) -> None:
     """Refuses a k that no set has the samples for."""
     most = max(num_samples)
-    require(
-        all(1 <= k <= most for k in ks), flag, tuple(ks), f"no set has more than {most} samples per item: use k from 1 to {most}, or more samples"
-    )
+    require(all(k >= 1 for k in ks), flag, list(ks), "every k must be at least 1")
+    require(all(k <= most for k in ks), flag, list(ks), f"no set has more than {most} samples per item: use k from 1 to {most}, or more samples")
 
 
 def check_intervals(config: IntervalConfig, flag: str) -> None:
     """Refuses a confidence outside (0, 1) and too few resamples."""
     require(0 < config.confidence < 1, f"{flag}.confidence", config.confidence, "must lie between 0 and 1, for instance 0.95")
     require(config.num_resamples >= 100, f"{flag}.num_resamples", config.num_resamples, "at least 100")
+
+
+def check_output_file(path: Path) -> None:
+    """Refuses a place where the result could not be written, before it is computed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    require(writable and not path.is_dir(), "output", str(path), "give a file name in a folder that can be written")

@@ -16,8 +16,8 @@ from openrl_reason.algorithms.trainer import PlacementConfig
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require, to_dict
 from openrl_reason.core.seeds import content_id
-from openrl_reason.evaluation.compare import RESULT_FORMAT, compare_results, print_comparisons, read_result
-from openrl_reason.evaluation.config import EvalSetConfig, check_intervals, check_ks, check_not_repeated
+from openrl_reason.evaluation.compare import RESULT_FORMAT, compare_results, label, print_comparisons, read_result
+from openrl_reason.evaluation.config import EvalSetConfig, check_intervals, check_ks, check_not_repeated, check_output_file
 from openrl_reason.evaluation.identity import model_identity, software_versions
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.evaluation.recording import RecordingPool
@@ -86,6 +86,9 @@ class EvaluateConfig:
         require(self.grader_deadline_s > 0, "grader_deadline_s", self.grader_deadline_s, "must be positive")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         require(self.num_items >= 0, "num_items", self.num_items, "use 0 for all items")
+        require(not self.ids_file or Path(self.ids_file).is_file(), "ids_file", self.ids_file, "there is no such file")
+        repeated = self.greedy and not self.sets and self.sampling.temperature == 0
+        require(not repeated, "greedy", True, "every response is greedy already, with --sampling.temperature 0: leave it out, or raise that")
         budget, limit = self.sampling.max_new_tokens, self.rollout.max_model_len
         require(budget < limit, "sampling.max_new_tokens", budget, f"leaves no room for a prompt: it must be below --rollout.max_model_len {limit}")
         require(self.split in SPLITS, "split", self.split, "use train or test")
@@ -105,14 +108,10 @@ class EvaluateConfig:
         return prepare_sets(self.sets or (own,), default_task=task, tokenizer=tokenizer, defaults=defaults, max_model_len=limit)
 
 
-def check_output_file(path: Path) -> None:
-    """Refuses a place where the result could not be written, before it is computed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    require(writable and not path.is_dir(), "output", str(path), "give a file name in a folder that can be written")
+def beside(output: str, kind: str) -> Path:
+    """The file of samples that belongs to a result file: ``a.json`` has ``a.samples.jsonl``, and ``a-v1.0`` has ``a-v1.0.samples.jsonl``."""
+    path = Path(output)
+    return path.with_name(f"{path.stem if path.suffix == '.json' else path.name}.{kind}.jsonl")
 
 
 def refuse_leaks(sets: Sequence[EvalSet]) -> None:
@@ -127,16 +126,20 @@ def describe(one: EvalSet) -> str:
     """A line of the plan."""
     sampling = one.sampling
     left_out = f"; {one.num_overlong} prompts too long, left out" if one.num_overlong else ""
+    also = f"; also graded by {', '.join(one.also_grade)}" if one.also_grade else ""
     return (
         f"{one.name}: {len(one.items)} {one.split} items of {one.task.name} x {one.num_samples} samples, temperature {sampling.temperature:g},"
-        f" top-p {sampling.top_p:g}, at most {sampling.max_new_tokens} tokens{left_out}"
+        f" top-p {sampling.top_p:g}, at most {sampling.max_new_tokens} tokens{also}{left_out}"
     )
 
 
 def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str, float]:
     """Runs the evaluation and returns its metrics (``eval/<set>/...``)."""
+    require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
     if config.output:
         check_output_file(Path(config.output))
+        same = bool(config.compare_to) and Path(config.output).resolve() == Path(config.compare_to).resolve()
+        require(not same, "compare_to", config.compare_to, "that is also the --output, which would take its place: give another --output")
     other = read_result(config.compare_to) if config.compare_to else None
     path = local_path(config.model)
     tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
@@ -157,7 +160,8 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
             _write(Path(config.output), result, results)
             recording.finish()
     if other is not None:
-        print_comparisons(compare_results(result, other, config=config.intervals), config.model, config.compare_to)
+        comparisons = compare_results(result, other, config=config.intervals)
+        print_comparisons(comparisons, f"{config.model} (this evaluation)", label(other, config.compare_to))
     return metrics
 
 
@@ -171,7 +175,7 @@ def _start(
     if config.output:
         samples = [repr((one.name, one.num_samples, one.sampling, [one.task.prompt_text(item, tokenizer) for item in one.items])) for one in sets]
         asked = content_id(repr(identity), str(config.seed), config.rollout.dtype, *samples)
-        recording = RecordingPool(Path(config.output).with_suffix(".partial.jsonl"), asked, resume=config.resume)
+        recording = RecordingPool(beside(config.output, "partial"), asked, resume=config.resume)
         stack.callback(recording.close)
         if recording.known:
             print(f"{len(recording.known)} samples of an evaluation that was cut short are in {recording.path}: they are used")
@@ -210,7 +214,7 @@ def _result(config: EvaluateConfig, identity: Mapping[str, Any], results: Sequen
 def _write(path: Path, result: Mapping[str, Any], results: Sequence[SetResult]) -> None:
     """The samples first: a result file is there only when everything is."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for one in results for record in one.records())
-    samples = path.with_suffix(".samples.jsonl")
+    samples = beside(str(path), "samples")
     unfinished = samples.with_name(f".unfinished-{samples.name}")
     with open(unfinished, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.writelines(lines)

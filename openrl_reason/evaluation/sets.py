@@ -77,12 +77,18 @@ def prepare_sets(configs: Sequence[EvalSetConfig], *, default_task: Task, tokeni
         with _naming_set(name):
             one = _prepare(config, name, task, tokenizer, defaults, max_model_len)
         prepared.append(one)
-        if config.greedy and one.sampling.temperature > 0:
+        if config.greedy and one.sampling.temperature == 0:
+            raise ConfigError(f"evaluation set {name!r}: greedy is true at temperature 0, where every response is greedy already: leave it out")
+        if config.greedy:
             greedy = replace(one.sampling, temperature=0.0, top_p=1.0, top_k=-1)
             prepared.append(replace(one, name=f"{name}/greedy", num_samples=1, sampling=greedy, ks=()))
     repeated = [name for name, count in Counter(one.name for one in prepared).items() if count > 1]
     if repeated:
         raise ConfigError(f"two evaluation sets are called {repeated[0]!r}: give each a name of its own")
+    names = {one.name for one in prepared}
+    for alike in (grader_name(one.name, kind) for one in prepared for kind in one.also_grade):
+        if alike in names:
+            raise ConfigError(f"a set is called {alike!r}, and another set's metrics by that grader would be, too: rename one of the sets")
     return prepared
 
 
@@ -191,7 +197,9 @@ class SetResult:
         one, own = self.eval_set, self.graded[""]
         return {
             "name": one.name, "task": one.task.name, "split": one.split, "num_items": len(one.items), "num_overlong": one.num_overlong,
-            "items_hash": one.identity, "num_samples": one.num_samples, "sampling": vars(one.sampling) | {"stop": list(one.sampling.stop)},
+            "items_hash": one.identity,
+            "prompts_hash": content_id(*(t.info["prompt"] for t in self.rollouts.trajectories[:: one.num_samples])),
+            "num_samples": one.num_samples, "sampling": vars(one.sampling) | {"stop": list(one.sampling.stop)},
             "estimates": {
                 grader_name("", kind) or one.task.grade_kind: {name: as_json(mean) for name, mean in found.items()}
                 for kind, samples in self.graded.items()
@@ -232,7 +240,7 @@ class Evaluator:
         self.intervals = intervals or IntervalConfig()
 
     def run(self, eval_set: EvalSet, seed: tuple[int | str, ...]) -> SetResult:
-        """Generate and grade every sample of a set. Samples are a function of (seed, set, item, sample) alone."""
+        """Generate and grade every sample of a set. Samples are a function of (seed, set, place in the set, item, sample) alone."""
         task = eval_set.task
         collector = Collector(task, self.tokenizer, self.pool, self.rewarder or TaskReward(task, self.grader))
         rollouts = collector.collect(eval_set.items, num_samples=eval_set.num_samples, sampling=eval_set.sampling, seed=(*seed, eval_set.name))

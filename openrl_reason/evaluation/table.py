@@ -18,13 +18,13 @@ def cell(mean: Mapping[str, Any]) -> str:
     return f"{100 * mean['value']:.1f} [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}]{'*' if mean['method'] == 'bootstrap' else ''}"
 
 
-def set_rows(result: Mapping[str, Any], flat: Mapping[str, float]) -> list[dict[str, str]]:
-    """A row for the set and one for each further grader; columns are metrics."""
+def set_rows(result: Mapping[str, Any], flat: Mapping[str, float], estimated: Sequence[str]) -> list[dict[str, str]]:
+    """A row for the set and one for each further grader; columns are metrics, those with an interval (``estimated``) first."""
     rows = []
     for place, (grader, found) in enumerate(result["estimates"].items()):
         prefix = f"eval/{result['name']}" + (f"/{grader}" if place else "")
         row = {"set": result["name"], "graded by": grader, "items": str(result["num_items"]), "n": str(result["num_samples"])}
-        row |= {name: cell(mean) for name, mean in found.items()}
+        row |= {name: cell(found[name]) if name in found else "" for name in estimated}
         row["no answer"] = f"{100 * flat[f'{prefix}/no_answer_rate']:.1f}"
         failed = flat[f"{prefix}/ungraded_rate"]
         bound = f" (>= {100 * flat[f'{prefix}/pass@1_failures_as_wrong']:.1f})" if failed else ""
@@ -56,7 +56,9 @@ def print_table(rows: Sequence[Mapping[str, str]], title: str) -> None:
 
 def print_results(results: Sequence[Mapping[str, Any]], flat: Mapping[str, float], confidence: float) -> None:
     """The sets' table, then each set's groups."""
-    rows = [row for result in results for row in set_rows(result, flat)]
+    found = {name for result in results for estimates in result["estimates"].values() for name in estimates}
+    estimated = sorted(found, key=lambda name: (not name.startswith("pass"), not name.startswith("maj"), len(name), name))
+    rows = [row for result in results for row in set_rows(result, flat, estimated)]
     print_table(rows, f"per cent [{100 * confidence:g} % interval; Wilson, * bootstrap over items]; tokens: mean / median")
     for result in results:
         for key, groups in result["tables"].items():

@@ -127,3 +127,13 @@ def test_every_flag_of_the_command_has_a_help_text(capsys):
     for name in flag_names(CompareConfig):
         after = text.split(f"--{name} ", 1)[1]
         assert len(after.split("(type:")[0].split()) > 2, f"--{name} has no help"
+
+
+def test_an_output_that_cannot_be_written_and_a_damaged_result_are_told_at_once(tmp_path):
+    whole, damaged = tmp_path / "a.json", tmp_path / "b.json"
+    whole.write_text(json.dumps(result([[1.0]])))
+    damaged.write_text(json.dumps({"format": RESULT_FORMAT, "model": {"path": "m"}, "sets": [{"name": "s"}]}))
+    with pytest.raises(DataError, match="b.json is a result .* with parts missing"):
+        compare_files(CompareConfig(first=str(whole), second=str(damaged)))
+    with pytest.raises(ConfigError, match="--output is .*give a file name in a folder"):
+        compare_files(CompareConfig(first=str(whole), second=str(whole), output=str(tmp_path)))

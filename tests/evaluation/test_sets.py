@@ -9,7 +9,7 @@ import pytest
 from openrl_reason.config import parse_config, save_config
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.evaluation.config import EvalConfig, EvalSetConfig
-from openrl_reason.evaluation.evaluate import EvaluateConfig, _metrics, refuse_leaks
+from openrl_reason.evaluation.evaluate import EvaluateConfig, _metrics, beside, evaluate_model, refuse_leaks
 from openrl_reason.evaluation.recording import RecordingPool
 from openrl_reason.evaluation.sets import Evaluator, SetDefaults, prepare_sets, training_sets
 from openrl_reason.rewards.base import RewardResult
@@ -96,7 +96,10 @@ def test_sets_come_from_flags_and_yaml_and_read_back(tmp_path):
     ("words", "expected"),
     [
         (["--num_samples", "4"], "--num_samples is 4: at temperature 0"),
-        (["--num_samples", "4", "--sampling.temperature", "1", "--ks", "[8]"], "--ks is .8,.*use k from 1 to 4"),
+        (["--num_samples", "4", "--sampling.temperature", "1", "--ks", "[8]"], "--ks is .8.*use k from 1 to 4"),
+        (["--num_samples", "4", "--sampling.temperature", "1", "--ks", "[0, 2]"], "--ks is .0, 2.: every k must be at least 1"),
+        (["--greedy"], "--greedy is True: every response is greedy already"),
+        (["--ids_file", "nosuch.txt"], "^--ids_file is 'nosuch.txt': there is no such file"),
         (["--sets", '[{"name": "a"}]', "--greedy"], "--greedy is True: with --sets"),
         (["--intervals.confidence", "95"], "--intervals.confidence is 95"),
     ],
@@ -104,6 +107,36 @@ def test_sets_come_from_flags_and_yaml_and_read_back(tmp_path):
 def test_the_command_refuses_what_cannot_work(words, expected):
     with pytest.raises(ConfigError, match=expected):
         parse_config(EvaluateConfig, words, prog="test")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (EvaluateConfig(), "^--model is ''"),
+        (EvaluateConfig(model="m", output="a/../r.json", compare_to="r.json"), "--compare_to is 'r.json': that is also the --output"),
+    ],
+)
+def test_the_command_refuses_files_that_cannot_work(config, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=expected):
+        evaluate_model(config)
+
+
+def test_each_result_has_samples_of_its_own():
+    assert [beside(name, "samples").name for name in ("r/a.json", "r/a", "r/a v1.0", "r/a v1.1")] == [
+        "a.samples.jsonl", "a.samples.jsonl", "a v1.0.samples.jsonl", "a v1.1.samples.jsonl",
+    ]  # fmt: skip
+
+
+def test_names_of_metrics_do_not_collide_and_ids_are_text(sums, tmp_path):
+    with pytest.raises(ConfigError, match="a set is called 'a/gsm8k_lenient', and another set's metrics"):
+        prepare_sets(
+            [EvalSetConfig(name="a", also_grade=("gsm8k_lenient",)), EvalSetConfig(name="a/gsm8k_lenient")],
+            default_task=sums, tokenizer=Characters(), defaults=SetDefaults(), max_model_len=2000,
+        )  # fmt: skip
+    (tmp_path / "ids.txt").write_bytes(b"a\n\xff\xfe")
+    with pytest.raises(DataError, match="ids.txt: not UTF-8; expected one id a line"):
+        EvalSetConfig(ids_file=str(tmp_path / "ids.txt")).wanted_ids()
 
 
 def test_a_trainer_evaluates_the_first_test_items_or_its_sets(sums):
