@@ -37,6 +37,8 @@ class EvaluateConfig:
     """Model folder."""
     output: str = ""
     """File for the result as JSON; the graded samples go beside it as .samples.jsonl (empty: only print)."""
+    overwrite: bool = False
+    """Replace an existing result at output."""
     resume: bool = True
     """Go on with what a killed evaluation left beside the output file (.partial.jsonl): nothing is generated twice. false: start anew."""
     compare_to: str = ""
@@ -138,6 +140,8 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
     require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
     if config.output:
         check_output_file(Path(config.output))
+        taken = Path(config.output).exists() and not config.overwrite
+        require(not taken, "output", config.output, "there is a result of that name: choose another, or pass --overwrite true")
         same = bool(config.compare_to) and Path(config.output).resolve() == Path(config.compare_to).resolve()
         require(not same, "compare_to", config.compare_to, "that is also the --output, which would take its place: give another --output")
     other = read_result(config.compare_to) if config.compare_to else None

@@ -99,8 +99,9 @@ RULES = (
          "Lower --policy.lr, or make fewer epochs and minibatches per collection.", window=3),
     Rule("clipping", "warning", "The clip removes many gradients", "train/clip_fraction/*", 0.3,
          "Much of each collection is wasted. Fewer epochs or minibatches, or a lower --policy.lr.", window=3),
-    Rule("skipped_update", "critical", "Updates were skipped for a non-finite gradient", "train/skipped_update", 0.0,
-         "The weights are intact, the step is lost. Lower --policy.lr or --policy.max_grad_norm; with bfloat16, try float32."),
+    Rule("skipped_update", "critical", "Updates were skipped: a non-finite gradient, or no reward at all", "train/skipped_update", 0.0,
+         "The weights are intact, the step is lost. Where rollout/ungraded counts all responses, mend the reward. Otherwise lower --policy.lr or "
+         "--policy.max_grad_norm; with bfloat16, try float32."),
     Rule("engine_restarts", "warning", "Rollout engines were restarted", "rollout/engine_restarts", 0.0,
          "Requests were sent again, nothing was lost but time. The engine's log says why; memory is the usual cause (--rollout.kv_cache_gib)."),
     Rule("critic", "warning", "The critic explains nothing", "critic/vf_explained_var", 0.0,

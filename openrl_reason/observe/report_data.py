@@ -58,15 +58,17 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         if not folder.is_dir():
             siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise DataError(f"there is no run folder {folder}{did_you_mean(folder.name, siblings)}")
-        if not any((folder / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
+        if not any((folder / name).is_file() for name in ("metrics.jsonl", "rollouts.jsonl")):
             inside = sorted(entry.parent.name for entry in folder.glob("*/metrics.jsonl"))
             hint = f"; its folders {', '.join(inside)} hold runs: name them" if inside else ""
             raise DataError(f"{folder} holds neither metrics.jsonl nor rollouts.jsonl, so it is no run{hint}")
+    twice = [str(folder) for folder in dict.fromkeys(folders) if folders.count(folder) > 1]
+    require(not twice, "runs", twice, "the same run is named twice")
     return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """One run. Raises DataError for a config.yaml that is no YAML."""
+    """One run. Raises DataError if there is nothing in it to show."""
     by_event: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
     num_damaged = 0
     for record in json_lines(folder / "metrics.jsonl"):
@@ -78,13 +80,17 @@ def read_run(folder: Path, name: str) -> Run:
         # Evaluations of one step may come as several lines, one per set: they belong together.
         earlier = by_event[event].get(step, {}) if event == "eval" else {}
         by_event[event][step] = earlier | record
+    if num_damaged:
+        print(f"{folder / 'metrics.jsonl'}: {num_damaged} lines cannot be read and are left out")
+    if not any(by_event.values()) and not any(json_lines(folder / "rollouts.jsonl")):
+        raise DataError(f"{folder} has nothing to show: neither metrics.jsonl nor rollouts.jsonl holds a readable record")
     train, evals = ([rows[step] for step in sorted(rows)] for rows in by_event.values())
     return Run(name, folder, train, evals, _read_config(folder / "config.yaml"), num_damaged)
 
 
 def json_lines(path: Path) -> Iterator[Record | None]:
     """The objects of a JSON-lines file, one by one; None for a line that is none. A missing file has no lines."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
@@ -107,7 +113,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from None
+        print(f"{path} is left out, it is no readable YAML: {' '.join(str(error).split())}")
+        return {}
     return config if isinstance(config, dict) else {}
 
 

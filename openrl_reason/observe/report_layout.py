@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Size of an update", ("train/approx_kl",), "KL of the present to the sampling policy."),
         Chart("Gradient norm", ("train/grad_norm", "train/grad_norm/*"), "Before clipping."),
         Chart("Learning rate", ("train/lr",)),
-        Chart("Skipped updates", ("train/skipped_update",), "1 where a non-finite gradient was left out."),
+        Chart("Skipped updates", ("train/skipped_update",), "1 where a non-finite gradient was left out, or no response had a reward."),
     ),
     "Critic": (
         Chart("Explained variance", ("critic/vf_explained_var",), "1 is perfect, 0 no better than a constant."),

@@ -184,8 +184,12 @@ class _Shared:
                 if not self.threads:  # at the very start: a mistake in the settings
                     self.end_place(place)
                     raise ConfigError(f"{self.what} {reason}") from None
-            except Late:
-                reason = "did not load in time (--reward.load_timeout_s)"
+            except Late:  # it would be as late again
+                self.end_place(place)
+                if not self.threads:
+                    raise ConfigError(f"{self.what} did not load in time: see --reward.load_timeout_s") from None
+                self.broken = f"the process of {self.what} did not load in time (--reward.load_timeout_s)"
+                return None
             except Lost:
                 reason = "ended while it was loading; --reward.memory_mb may be too small, see standard error"
             except OSError as error:  # no memory, processes or file descriptors left: perhaps only for a moment

@@ -112,15 +112,18 @@ def test_runs_get_the_shortest_names_that_tell_them_apart(tmp_path):
     assert short_names([Path("/x/rl"), Path("/x/rl")]) == ["rl", "rl (2)"]
 
 
-def test_what_is_no_run_is_refused_with_a_hint(tmp_path):
+def test_what_is_no_run_is_refused_with_a_hint(tmp_path, capsys):
     write_metrics(tmp_path / "quickstart" / "rl", [train(0)])
     with pytest.raises(DataError, match="no run folder .*did you mean 'quickstart'"):
         read_runs([str(tmp_path / "quickstar")])
     with pytest.raises(DataError, match="its folders rl hold runs"):
         read_runs([str(tmp_path / "quickstart")])
     (tmp_path / "quickstart" / "rl" / "config.yaml").write_text("a: [1")
-    with pytest.raises(DataError, match=r"config.yaml is no readable YAML"):
-        read_runs([str(tmp_path / "quickstart" / "rl" / "metrics.jsonl")])
+    (found,) = read_runs([str(tmp_path / "quickstart" / "rl" / "metrics.jsonl")])
+    assert found.config == {} and "config.yaml is left out, it is no readable YAML" in capsys.readouterr().out
+    (tmp_path / "quickstart" / "rl" / "metrics.jsonl").write_bytes(b"\x80\x81\n{}\n")
+    with pytest.raises(DataError, match="has nothing to show"):
+        read_runs([str(tmp_path / "quickstart" / "rl")])
 
 
 def test_run_folders_and_flags_may_come_in_any_order():
