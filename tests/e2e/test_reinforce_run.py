@@ -37,7 +37,15 @@ def test_engine_and_trainer_agree_and_the_first_step_has_kl_zero(straight):
     # Later minibatches of a step score with updated weights; the first step's KL is that of its second minibatch alone.
     assert train[0]["train/kl"] < 1e-2 < train[-1]["train/kl"] + 1
     rollouts = read_records(straight / "rollouts.jsonl")
-    assert {record["policy_version"] for record in rollouts} == set(range(5))
+    assert {record["policy_version"] for record in rollouts if record["source"] == "train"} == set(range(5))
+    # Evaluated before the first step and after the last, token by token.
+    evaluated = [record for record in rollouts if record["source"] == "eval/arithmetic"]
+    assert {record["policy_version"] for record in evaluated} == {0, 5}
+    for record in rollouts:
+        lengths = {len(record["tokens"]), len(record["token_data"]["logprob"]), record["num_tokens"]}
+        assert "".join(record["tokens"]) == record["response"] and len(lengths) == 1
+    assert all(len(record["token_data"]["advantage"]) == record["num_tokens"] for record in rollouts if record["source"] == "train")
+    assert "<html" in (straight / "report.html").read_text(encoding="utf-8")
 
 
 def test_online_rl_resumed_after_kill_9_equals_the_straight_run(sft_run, straight, tmp_path):
