@@ -5,13 +5,12 @@ Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 inte
 
 from __future__ import annotations
 
-import itertools
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from openrl_reason.config import parse_config
+from openrl_reason.config import parse_config, split_words
 from openrl_reason.environment import prepare_environment
 from openrl_reason.errors import ConfigError, DataError, MissingDependencyError, OpenRLError, did_you_mean
 from openrl_reason.observe.redact import redact_text
@@ -38,11 +37,11 @@ def _evaluate(argv: Sequence[str], prog: str) -> None:
 def _compare(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.compare import CompareConfig, compare_files
 
-    files = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    files, flags = split_words(CompareConfig, argv)
     if len(files) > 2:
         raise ConfigError(f"{prog} compares two result files, not {len(files)}: {' '.join(files)}")
     named = [word for flag, file in zip(("--first", "--second"), files, strict=False) for word in (flag, file)]
-    compare_files(parse_config(CompareConfig, [*named, *argv[len(files) :]], prog=prog))
+    compare_files(parse_config(CompareConfig, [*named, *flags], prog=prog))
 
 
 def _export(argv: Sequence[str], prog: str) -> None:

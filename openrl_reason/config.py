@@ -34,6 +34,24 @@ def flag_names(config_class: type, prefix: str = "") -> dict[str, type]:
     return names
 
 
+def split_words(config_class: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words that stand alone, flags with their values) of a command line that takes files or folders anywhere."""
+    switches = {name for name, kind in flag_names(config_class).items() if kind is bool}
+    alone: list[str] = []
+    flags: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            alone.append(word)
+            continue
+        flags.append(word)
+        takes_value = "=" not in word and word not in ("-h", "--help") and bool(words)
+        if takes_value and (word[2:] not in switches or words[0].lower() in ("true", "false")):
+            flags.append(words.pop(0))
+    return alone, flags
+
+
 def _spell_out_switches(argv: Sequence[str], flags: dict[str, type]) -> list[str]:
     """``--resume`` alone means ``--resume true``: jsonargparse wants the value, fingers do not."""
     spelled: list[str] = []

@@ -6,7 +6,7 @@ import pytest
 
 from openrl_reason.algorithms.reinforce import ReinforceConfig
 from openrl_reason.algorithms.sft import SFTConfig
-from openrl_reason.config import flag_names, parse_config, save_config, to_dict
+from openrl_reason.config import flag_names, parse_config, save_config, split_words, to_dict
 from openrl_reason.errors import ConfigError
 from openrl_reason.evaluation.evaluate import EvaluateConfig
 
@@ -155,3 +155,11 @@ def test_a_key_that_is_set_twice_in_a_file_is_refused_with_both_lines(tmp_path):
     (tmp_path / "run.yaml").write_text("prompts_per_step: 8\npolicy: {lr: 1e-6}\nprompts_per_step: 16\n")
     with pytest.raises(ConfigError, match=r"run.yaml:3: 'prompts_per_step' is set a second time \(first on line 1\)"):
         parse_config(ReinforceConfig, ["--config", str(tmp_path / "run.yaml")], prog="test")
+
+
+def test_files_may_stand_anywhere_between_flags():
+    from openrl_reason.evaluation.compare import CompareConfig
+
+    words = ["--metric", "pass@4", "a.json", "--common_items", "b.json", "--output=x.json"]
+    assert split_words(CompareConfig, words) == (["a.json", "b.json"], ["--metric", "pass@4", "--common_items", "--output=x.json"])
+    assert split_words(CompareConfig, ["--common_items", "false", "a"]) == (["a"], ["--common_items", "false"])

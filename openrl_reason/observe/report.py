@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from openrl_reason import __version__
-from openrl_reason.config import parse_config, require
+from openrl_reason.config import parse_config, require, split_words
 from openrl_reason.environment import require as require_package
 from openrl_reason.observe import report_alarms
 from openrl_reason.observe.redact import redact, redact_values
@@ -56,16 +56,7 @@ class ReportConfig:
 
 def parse_report_words(argv: Sequence[str], prog: str) -> ReportConfig:
     """The words of the command line: run folders anywhere, and flags with their values."""
-    folders: list[str] = []
-    flags: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("-"):
-            folders.append(word)
-            continue
-        flags.append(word)
-        if "=" not in word and word not in ("-h", "--help"):
-            flags += [value for value in (next(words, None),) if value is not None]
+    folders, flags = split_words(ReportConfig, argv)
     return parse_config(ReportConfig, [*(["--runs", json.dumps(folders)] if folders else []), *flags], prog=prog)
 
 
