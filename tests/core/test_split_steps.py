@@ -1,17 +1,28 @@
 """Step splitting: the two laws on hostile strings, the cuts of the published systems, and the map onto tokens."""
 
+import json
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from openrl_reason.core.steps import STEP_KINDS, split_steps, steps_of_pieces, steps_of_tokens
+from openrl_reason.core.steps import STEP_KINDS, check_step_kind, split_steps, steps_of_pieces, steps_of_tokens
 from openrl_reason.errors import ConfigError
+from openrl_reason.tasks.gsm8k import strip_calculations
+
+DATA = Path(__file__).resolve().parents[3] / "shared/data"
+KINDS = [*STEP_KINDS, "fixed:1", "fixed:7"]
+FILLED_KINDS = ("gsm8k", "math", "sentence")
+"""Kinds of which no step is only blanks, unless the whole text is."""
 
 ALPHABET = [
     "a", "B", " ", "\n", "\r", "\t", ". ", ".$ ", "$", ".", "\n\n", "é",
     "漢", "\U0001f600", "\ud800", "\udfff", "\u2028", "\x85", "\x0b", "\x0c", "\0",
     "Thought:", "Action 1:", "Observation 12:", "Thought", "\nThought 3: ", "\r\nAction: ",
+    "\n#### 7", "#### ", "1. ", "\n2. ", "?", "! ", "...", "。", "」", "A. B", "\\[", "\\]", "\\(",
+    "\\begin{align*}", "\\end{align*}", "[asy]", ", ",
 ]  # fmt: skip
 
 
@@ -36,15 +47,24 @@ SPLITTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [*STEP_KINDS, *SPLITTERS])
+@pytest.mark.parametrize("kind", [*KINDS, *SPLITTERS])
 def test_steps_join_to_the_text_and_none_is_empty(kind):
-    for text in random_texts(5000):
+    for text in random_texts(10_000):
         steps = split_steps(text, SPLITTERS.get(kind, kind))
         assert "".join(steps) == text and all(steps), (text, steps)
         assert isinstance(steps, list)
 
 
-@pytest.mark.parametrize("kind", [*STEP_KINDS, *SPLITTERS])
+@pytest.mark.parametrize("kind", FILLED_KINDS)
+def test_no_step_is_only_blanks_unless_the_text_is(kind):
+    for text in random_texts(10_000, seed=3):
+        if text.strip():
+            assert all(step.strip() for step in split_steps(text, kind)), text
+    for blank in (" ", "\n", "\n\n \t\n", "\r\n" * 30, "\u2028"):
+        assert split_steps(blank, kind) == [blank]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *SPLITTERS])
 def test_nothing_has_no_steps(kind):
     assert split_steps("", SPLITTERS.get(kind, kind)) == []
 
@@ -66,6 +86,23 @@ def test_nothing_has_no_steps(kind):
         ("react", "a Thought: inside a line", ["a Thought: inside a line"]),
         ("whole", "a\nb", ["a\nb"]),
         ("response", "a\nb", ["a\nb"]),
+        ("fixed:3", "abcdefgh", ["abc", "def", "gh"]),
+        ("fixed:80", "short", ["short"]),
+        ("gsm8k", "2+2=4\n4*3=12\n#### 12", ["2+2=4", "\n4*3=12\n#### 12"]),
+        ("gsm8k", "\n \na\nb", ["\n \na", "\nb"]),
+        ("gsm8k", "a\n\n \nb\n", ["a\n\n ", "\nb\n"]),
+        ("gsm8k", "a\nb\n\n\n#### 5\n", ["a", "\nb\n\n\n#### 5\n"]),
+        ("gsm8k", "a\n#### 5\nso much\nfor that", ["a\n#### 5\nso much\nfor that"]),
+        ("gsm8k", "a\nb\n#### 5\nwait\n#### 6\nyes", ["a", "\nb\n#### 5", "\nwait\n#### 6\nyes"]),
+        ("gsm8k", "\n#### 5", ["\n#### 5"]),
+        ("gsm8k", "#### 5", ["#### 5"]),
+        ("gsm8k", "#### #### 5\n####6", ["#### #### 5", "\n####6"]),  # the published answer prefix has its space
+        ("sentence", 'It is 12. He said "no." Then (yes!) what?', ["It is 12. ", 'He said "no." ', "Then (yes!) what?"]),
+        ("sentence", "Use it, e.g. here. See J. Smith... Done", ["Use it, e.g. here. ", "See J. Smith... ", "Done"]),
+        ("sentence", "3.14 is pi.", ["3.14 is pi."]),
+        ("sentence", "a line\ngoes on.\nNext", ["a line\ngoes on.\n", "Next"]),
+        ("sentence", "Title\n\n1. One\n2. Two", ["Title\n\n", "1. One\n", "2. Two"]),
+        ("sentence", "はい。「いいえ。」 そう", ["はい。", "「いいえ。」 ", "そう"]),
     ],
 )
 def test_cuts_fall_where_they_should(kind, text, steps):
@@ -81,6 +118,38 @@ def test_a_callable_decides_but_its_mistakes_do_not_lose_the_sample():
 def test_an_unknown_kind_is_a_setting_that_cannot_work():
     with pytest.raises(ConfigError, match="did you mean 'newline'"):
         split_steps("a", "newlines")
+    for kind in ("fixed", "fixed:", "fixed:0", "fixed:-1", "fixed:2.5", "fixed:x", "fixed:\u0663"):
+        with pytest.raises(ConfigError, match="of at least 1"):
+            check_step_kind(kind)
+    for kind in (None, 3, ""):
+        with pytest.raises(ConfigError, match="unknown step kind"):
+            check_step_kind(kind)
+    for kind in (*KINDS, list):
+        check_step_kind(kind)
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", ".", "! ", "1.", "\n1. ", "。", "...)", "\n#### ", "\n#### 1", " \n", "a. "])
+@pytest.mark.parametrize("kind", ["gsm8k", "sentence", "fixed:9"])
+def test_a_million_characters_take_less_than_a_second(kind, unit):
+    text = unit * (1_000_000 // len(unit))
+    started = time.process_time()
+    steps = split_steps(text, kind)
+    assert time.process_time() - started < 1
+    assert sum(map(len, steps)) == len(text)
+
+
+@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason="needs the GSM8K data in ../shared/data/gsm8k")
+def test_gold_solutions_of_gsm8k_have_as_many_steps_as_published():
+    counts = []
+    for name in ("train", "test"):
+        for line in (DATA / f"gsm8k/{name}.jsonl").read_text().splitlines():
+            solution = json.loads(line)["answer"]
+            steps = split_steps(solution, "gsm8k")
+            assert "".join(steps) == solution
+            assert len(split_steps(strip_calculations(solution), "gsm8k")) == len(steps)
+            counts.append(len(steps))
+    assert len(counts) == 8792 and max(counts) == 11
+    assert sum(counts) / len(counts) == pytest.approx(3.59, abs=0.01)
 
 
 @pytest.mark.parametrize(
