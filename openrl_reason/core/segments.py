@@ -70,6 +70,13 @@ def _reduce(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, kind: str, 
     return torch.segment_reduce(wide, kind, lengths=segment_lengths(cu_seqlens), initial=neutral, unsafe=True)
 
 
+def shift_into_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Entry t becomes entry t - 1 of the same segment, and 0 at its first place: from "after token t" to "before token t". [N, ...]."""
+    shifted = torch.roll(values, 1, dims=0)
+    starts = cu_seqlens[:-1].to(torch.int64)[cu_seqlens.diff() > 0]
+    return shifted.index_fill(0, starts, 0.0)
+
+
 def reverse_cumsum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[N] -> [N]: y_t = sum of x_i over i >= t in the same segment. Differentiable."""
     return discounted_reverse_scan(values, cu_seqlens, 1.0)

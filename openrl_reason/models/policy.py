@@ -97,17 +97,23 @@ class LanguageModel(nn.Module):
 
     def hidden_states(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The decoder's final hidden states, [N, H]."""
-        lengths = cu_seqlens.diff()
-        longest = int(lengths.max())
-        if self.max_positions is not None and longest > self.max_positions:
-            raise DataError(f"a sequence has {longest} tokens, but the model has {self.max_positions} positions (max_position_embeddings)")
-        position_ids = torch.arange(token_ids.shape[0], device=token_ids.device) - cu_seqlens[:-1].repeat_interleave(lengths)
-        decoder = self.model.get_decoder()
-        output = decoder(
-            input_ids=token_ids[None],
-            position_ids=position_ids[None],
-            attention_mask=None,
-            use_cache=False,
-            **packed_forward_kwargs(cu_seqlens, self.attn_impl),
+        return packed_hidden_states(
+            self.model.get_decoder(), token_ids, cu_seqlens, attn_impl=self.attn_impl, max_positions=self.max_positions
         )
-        return output.last_hidden_state[0]
+
+
+def packed_hidden_states(decoder: nn.Module, token_ids: Tensor, cu_seqlens: Tensor, *, attn_impl: str, max_positions: int | None) -> Tensor:
+    """The final hidden states [N, H] of packed sequences, which do not see one another. Raises DataError for one beyond ``max_positions``."""
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max())
+    if max_positions is not None and longest > max_positions:
+        raise DataError(f"a sequence has {longest} tokens, but the model has {max_positions} positions (max_position_embeddings)")
+    position_ids = torch.arange(token_ids.shape[0], device=token_ids.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+    output = decoder(
+        input_ids=token_ids[None],
+        position_ids=position_ids[None],
+        attention_mask=None,
+        use_cache=False,
+        **packed_forward_kwargs(cu_seqlens, attn_impl),
+    )
+    return output.last_hidden_state[0]

@@ -1,0 +1,125 @@
+"""A language model with a number for every token: value networks, reward models and process-reward models are this one module.
+
+On disk it is a Hugging Face ``...ForTokenClassification`` folder, which ``AutoModelForTokenClassification`` loads as it is, head included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from openrl_reason.config import require
+from openrl_reason.core.segments import shift_into_segments
+from openrl_reason.errors import DataError
+from openrl_reason.models.loading import DTYPES, load_config
+from openrl_reason.models.policy import packed_hidden_states
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+HEAD_INITS = ("zero", "small")
+
+
+class ScalarHead(nn.Linear):
+    """A linear head that computes in float32 whatever the model's dtype: in bfloat16 a value of 0.41 would come in steps of 0.002."""
+
+    @classmethod
+    def replacing(cls, head: nn.Linear) -> ScalarHead:
+        """A scalar head around the parameters (the very objects) of ``head``."""
+        scalar = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        scalar.weight, scalar.bias = head.weight, head.bias
+        return scalar
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> float32 [N, num_labels]."""
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+class ScalarModel(nn.Module):
+    """Wraps a transformers token-classification model for packed sequences. Its head is replaced in place by a ``ScalarHead``."""
+
+    def __init__(self, model: PreTrainedModel, *, attn_impl: str):
+        super().__init__()
+        self.model, self.attn_impl = model, attn_impl
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        model.score = ScalarHead.replacing(model.score)
+
+    def forward(self, token_ids: Tensor, cu_seqlens: Tensor, shifted: bool = True) -> Tensor:
+        """token_ids [N], cu_seqlens [B+1] -> float32 [N] (with several labels [N, num_labels]).
+
+        ``shifted``: entry t is the value of the state before token t, 0.0 at the first token of a sequence; the convention of critics. Else entry
+        t is the score of everything up to and with token t: what a reward model says at the last token, a process-reward model at the
+        end of a step, and a search of a finished prefix. Raises DataError for a sequence longer than the model's positions.
+        """
+        decoder = getattr(self.model, self.model.base_model_prefix)
+        hidden = packed_hidden_states(decoder, token_ids, cu_seqlens, attn_impl=self.attn_impl, max_positions=self.max_positions)
+        scores = self.model.score(hidden)
+        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores
+        return shift_into_segments(scores, cu_seqlens) if shifted else scores
+
+
+def load_scalar_model(
+    path: str,
+    dtype: str,
+    *,
+    num_labels: int = 1,
+    head_init: str = "zero",
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model with a scalar head, from any folder: its own head if it has one, else a new one on a language model.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+        num_labels: 1 for values and rewards; more for a process-reward model that classifies.
+        head_init: of a new head: "zero" (every value is 0 at first) or "small" (normal, standard deviation 1 / sqrt(hidden size + 1)).
+
+    Raises:
+        DataError: weights are missing or do not fit config.json, or the head there has another number of labels.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForTokenClassification
+    from transformers.utils.logging import disable_progress_bar
+
+    require(head_init in HEAD_INITS, "head_init", head_init, f"use one of {', '.join(HEAD_INITS)}")
+    disable_progress_bar()
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    has_head = _has_head(config)
+    if has_head and config.num_labels != num_labels:
+        raise DataError(f"{path} has a head of {config.num_labels} labels; {num_labels} are needed here")
+    config.num_labels, config.classifier_dropout = num_labels, 0.0
+    try:
+        model, report = AutoModelForTokenClassification.from_pretrained(
+            path, config=config, dtype=DTYPES[dtype], attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"the model {path} does not load: {str(error).strip().splitlines()[0]}") from error
+    missing = set(report["missing_keys"])
+    new = missing & ({"score.bias"} if has_head else {"score.weight", "score.bias"})
+    if missing - new:
+        raise DataError(f"the weights of {path} lack {sorted(missing - new)[0]} (missing in all: {len(missing - new)})")
+    _initialise(model.score, new, head_init, seed)
+    model.config.use_cache = False
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _has_head(config: PretrainedConfig) -> bool:
+    kinds = ("ForTokenClassification", "ForSequenceClassification")
+    return any(name.endswith(kinds) for name in config.architectures or ())
+
+
+def _initialise(head: nn.Linear, new: set[str], head_init: str, seed: int) -> None:
+    """Fills what no file gave; a sequence-classification head has no bias, and gets a bias of 0."""
+    with torch.no_grad():
+        if "score.weight" in new:
+            deviation = 0.0 if head_init == "zero" else (head.in_features + 1) ** -0.5
+            noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+            head.weight.copy_(noise * deviation)
+        if "score.bias" in new and head.bias is not None:
+            head.bias.zero_()
