@@ -24,6 +24,17 @@ def test_dpo_losses_equal_their_closed_forms():
     assert float(dpo_loss(*PAIRS, beta=0.1, kind="ipo")[0]) == pytest.approx((z - 5.0) ** 2)
 
 
+def test_dpo_positive_takes_off_what_the_chosen_response_lost_inside_of_beta():
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([value, value]) for value in (-3.0, -9.0, -2.5, -4.0))
+    chosen = torch.tensor([-3.0, -2.0])  # the first fell below the reference by 0.5, the second rose
+    z = ((chosen - rejected) - (ref_chosen - ref_rejected)).tolist()
+    expected = -(log_sigmoid(0.3 * (z[0] - 50 * 0.5)) + log_sigmoid(0.3 * z[1])) / 2
+    loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3, positive_weight=50.0)
+    assert float(loss) == pytest.approx(expected) and float(metrics["dpo/chosen_shortfall"]) == pytest.approx(0.25)
+    plain = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)[0]
+    assert torch.equal(plain, dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3, positive_weight=0.0)[0])
+
+
 def test_dpo_at_the_reference_is_log_two_and_undecided():
     sums = torch.randn(7)
     loss, metrics = dpo_loss(sums, sums - 1, sums, sums - 1, beta=0.3)
