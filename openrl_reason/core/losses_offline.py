@@ -27,8 +27,8 @@ def dpo_loss(
     * "sigmoid": -(1 - e) log sigma(beta z) - e log sigma(-beta z), e = ``label_smoothing`` (Rafailov et al. 2023, eq. 7; Mitchell 2023);
     * "ipo": (z - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17), on z as given: pass means instead of sums for a length-normalised variant.
 
-    DPO-Positive (Pal et al. 2024, arXiv 2402.13228) is "sigmoid" with ``positive_weight`` L > 0: z - L max(0, ref_chosen - chosen) in place of z, so that a
-    pair is not won by making the chosen response less likely than the reference has it.
+    DPO-Positive (Pal et al. 2024, arXiv 2402.13228) is "sigmoid" with ``positive_weight`` L > 0: z - L max(0, ref_chosen - chosen) in place
+    of z, so that a pair is not won by making the chosen response less likely than the reference has it.
 
     Sum over pairs / ``denominator`` (default P). A tie counts one half in the accuracy. Rewards and accuracy are DPO's, without L.
     """

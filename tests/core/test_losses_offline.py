@@ -59,7 +59,10 @@ def test_dpo_pieces_add_up(kind):
         torch.testing.assert_close(sum(metrics[key] for _, metrics in parts), whole_metrics[key])
 
 
-@pytest.mark.parametrize("settings", [dict(beta=0.0), dict(beta=0.1, label_smoothing=0.5), dict(beta=0.1, kind="kto")])
+@pytest.mark.parametrize("settings", [
+    dict(beta=0.0), dict(beta=0.1, label_smoothing=0.5), dict(beta=0.1, kind="kto"), dict(beta=0.1, positive_weight=-1.0),
+    dict(beta=0.1, kind="ipo", positive_weight=1.0),
+])  # fmt: skip
 def test_impossible_dpo_settings_are_refused(settings):
     with pytest.raises(ValueError):
         dpo_loss(*PAIRS, **settings)
