@@ -131,8 +131,11 @@ def load_prompts(path: str) -> JudgePrompts:
         return JudgePrompts()
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"--reward.judge.prompts {path}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise DataError(f"--reward.judge.prompts {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+        raise DataError(f"--reward.judge.prompts {path} is no readable YAML: {reason}") from None
     names = [item.name for item in dataclasses.fields(JudgePrompts)]
     if not isinstance(given, dict):
         raise ConfigError(f"--reward.judge.prompts {path}: must be a table with some of {', '.join(names)}")
