@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mpmath import mp
 
-from openrl_reason.tasks.grade_latex import Tree
+from openrl_reason.tasks.grade_scan import Tree
 from openrl_reason.tasks.grade_units import may_be_left_out, words_of
 from openrl_reason.tasks.grade_values import DIGITS, Unbounded, Undefined, numeric, proportional, same_value, symbols, values_at_points
 

@@ -22,8 +22,9 @@ import sys
 from openrl_reason.tasks.grade_clean import clean
 from openrl_reason.tasks.grade_equal import expand, same, same_words
 from openrl_reason.tasks.grade_extract import MAX_ANSWER, after_answer_is, after_mark, last_boxed
-from openrl_reason.tasks.grade_latex import Tree, Unreadable, read
+from openrl_reason.tasks.grade_latex import read
 from openrl_reason.tasks.grade_render import canonical, plain_number
+from openrl_reason.tasks.grade_scan import Tree, Unreadable
 
 _NEEDED = {"math-verify": "0.9.", "latex2sympy2_extended": "1.", "antlr4-python3-runtime": "4.13."}
 _THOUSANDS = re.compile(r"(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
@@ -123,7 +124,9 @@ def parse_answer(text: str) -> Answer:
 def gold_answer(gold: str) -> Answer:
     """The gold answer, read; a text that still has its box is taken out of it. ValueError if there is nothing to match."""
     inner = last_boxed(gold) if "\\boxed" in gold else gold
-    answer = parse_answer((inner or "")[: 10 * MAX_ANSWER])
+    if inner and len(inner) > MAX_ANSWER:  # of an answer as long nothing is read, either
+        raise ValueError(f"the gold answer has {len(inner)} characters, more than the {MAX_ANSWER} of the longest answer that is read")
+    answer = parse_answer(inner or "")
     if not answer.text:
         raise ValueError(f"the gold answer {gold[:80]!r} is empty")
     return answer

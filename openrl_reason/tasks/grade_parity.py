@@ -18,8 +18,9 @@ from mpmath import mp
 
 from openrl_reason.tasks.grade_clean import clean
 from openrl_reason.tasks.grade_extract import MAX_ANSWER, matching_brace
-from openrl_reason.tasks.grade_latex import Tree, Unreadable, read
+from openrl_reason.tasks.grade_latex import read
 from openrl_reason.tasks.grade_math import check_dependencies
+from openrl_reason.tasks.grade_scan import Tree, Unreadable
 from openrl_reason.tasks.grade_values import Unbounded, numeric, precision, same_value, symbols, values_at_points
 
 TOLERANCE = 1e-3

@@ -8,7 +8,7 @@ from fractions import Fraction
 from mpmath import mp
 
 from openrl_reason.tasks.grade_equal import value_of
-from openrl_reason.tasks.grade_latex import Tree
+from openrl_reason.tasks.grade_scan import Tree
 from openrl_reason.tasks.grade_units import words_of
 from openrl_reason.tasks.grade_values import DIGITS, Evaluator, Unbounded, Undefined, symbols
 

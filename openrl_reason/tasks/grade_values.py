@@ -12,7 +12,7 @@ from fractions import Fraction
 import mpmath
 from mpmath import mp
 
-from openrl_reason.tasks.grade_latex import Tree
+from openrl_reason.tasks.grade_scan import Tree
 
 MAX_BITS = 20_000
 MAX_NUMERIC_BITS = 40_000  # the binary exponent of a number that is not rational
