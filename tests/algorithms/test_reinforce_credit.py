@@ -163,6 +163,8 @@ def test_a_response_whose_grader_failed_is_counted_and_does_not_train():
     assert metrics["rollout/ungraded"] == 1 and batch.num_sequences == 5
     # The siblings are compared among themselves: 0 and 1, not 0, 0 and 1.
     assert [float(values[0]) for values in per_sequence(batch, batch.tokens["advantages"])][:2] == [-1.0, 1.0]
+    with pytest.raises(WorkerError, match="not one of 6 responses has a reward"):
+        driver.credit(rollouts(REWARDS, ["error"] * 6))
 
 
 def test_minibatches_partition_the_batch_and_keep_siblings_together():

@@ -173,10 +173,10 @@ def test_judges_come_from_whoever_can_make_them():
 def test_when_one_term_cannot_be_built_the_others_are_closed(tmp_path):
     (tmp_path / "good.py").write_text("def reward(response):\n    return 1.0\n")
     terms = (RewardTermConfig(f"{tmp_path}/good.py:reward"), RewardTermConfig(f"{tmp_path}/absent.py:reward", name="other"))
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ConfigError, match="absent"):
         build_rewarder(RewardConfig(terms=terms), task=None, grader=None)
-    assert threading.active_count() <= before  # one of an earlier test may end meanwhile
+    assert not set(threading.enumerate()) - before
 
 
 def test_length_penalties_fall_from_0_at_the_target_to_minus_1():

@@ -68,7 +68,7 @@ def test_a_hostile_gold_answer_is_bounded_too(kind):
             grader("\\boxed{x+1}", body)
         except ValueError as error:
             assert "gold" in str(error)
-        assert time.process_time() - start < 3.0, body[:60]  # 0.5 s on an idle machine
+        assert time.process_time() - start < 1.0, body[:60]
 
 
 def test_every_built_in_kind_loads_and_takes_a_surrogate():
