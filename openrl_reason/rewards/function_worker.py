@@ -6,8 +6,6 @@ then for each sample ``["result", index, fields]`` as soon as it is known, in an
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import resource
@@ -15,8 +13,6 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 GRACE_S = 10.0
@@ -34,24 +30,6 @@ def _end_after(seconds: float) -> None:
     """The kernel ends this process (SIGALRM's default) unless told otherwise in time; 0: never. Only an orphan lives to see it, one that hangs
     in C code with the interpreter lock held, so that the thread above cannot run. A function that uses the alarm itself takes it over."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def load_function(source: str, function: str) -> Callable[..., Any]:
-    """The function of a file or module. Runs the user's code."""
-    if source.endswith(".py"):
-        path = Path(source)
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"{source} has no function {function!r}")
-    return found
 
 
 def _sample(fields: dict[str, Any]) -> Any:
@@ -77,6 +55,7 @@ def serve(request_fd: int, reply_fd: int) -> None:
     sys.path[:] = setup["sys_path"]
     from openrl_reason.rewards.answers import to_wire
     from openrl_reason.rewards.calling import BoundFunction, Caller
+    from openrl_reason.user_code import load_function
 
     threading.Thread(target=_die_with_parent, args=(request_fd,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

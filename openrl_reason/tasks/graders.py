@@ -14,10 +14,11 @@ import importlib
 import importlib.util
 import numbers
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from openrl_reason.user_code import load_function
 
 STATUSES = ("ok", "no_answer", "timeout", "memory", "crashed", "error")
 
@@ -192,19 +193,7 @@ def load_grader(kind: str) -> Callable[[str, str], object]:
         return grader.load() if isinstance(grader, _Lazy) else grader
     check_kind(kind)
     source, _, function = kind.rpartition(":")
-    if source.endswith(".py"):
-        path = Path(source).resolve()
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
-    if not callable(vars(module).get(function)):
-        raise ValueError(f"grader {kind!r}: {source} has no function {function!r}")
-    return vars(module)[function]
+    return load_function(source, function)
 
 
 def as_result(returned: object) -> GradeResult:

@@ -1,11 +1,10 @@
 """Samples, tasks and process checks shared by the tests of rewards."""
 
-import os
 import threading
-import time
 
 from openrl_reason.rewards.base import RewardSample
 from openrl_reason.tasks.base import TaskItem
+from tests.processes import alive, wait_until  # noqa: F401 - the tests take them from here
 
 
 def make_sample(response, gold="4", *, steps=None, num_tokens=5, stop_reason="stop", prompt="What is 2+2? ", **info):
@@ -19,24 +18,6 @@ def score_all(source, samples, timeout=60):
     futures = [source.submit(sample) for sample in samples]
     source.flush()
     return [future.result(timeout=timeout) for future in futures]
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 def reward_threads():

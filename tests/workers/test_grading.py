@@ -16,6 +16,7 @@ import openrl_reason
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.grading import GraderPool, grade
+from tests.processes import alive, wait_until
 
 HOSTILE = """
 import os, subprocess, sys, time
@@ -58,24 +59,6 @@ def grade(text, gold):
 def kind(tmp_path):
     (tmp_path / "hostile_grader.py").write_text(HOSTILE)
     return f"{tmp_path}/hostile_grader.py:grade"
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 EXPECTED = {

@@ -10,6 +10,7 @@ import pytest
 from openrl_reason.errors import ConfigError
 from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.grading import GraderPool
+from tests.processes import wait_until
 
 GRADER = """
 import time
@@ -27,13 +28,6 @@ def grade(text, gold):
 def kind(tmp_path):
     (tmp_path / "a_grader.py").write_text(GRADER)
     return f"{tmp_path}/a_grader.py:grade"
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 # --- backpressure

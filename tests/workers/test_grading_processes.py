@@ -17,6 +17,7 @@ import openrl_reason
 from openrl_reason.errors import WorkerError
 from openrl_reason.workers import grading
 from openrl_reason.workers.grading import GraderPool
+from tests.processes import wait_until
 
 STRANGE = """
 import os, signal, subprocess, sys, time
@@ -118,13 +119,6 @@ def processes(text):
         if text.encode() in command.replace(b"\0", b" ") and stat.rpartition(")")[2].split()[0] != "Z":
             found.append(int(path.name))
     return found
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 MISBEHAVIOUR = {

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.processes import alive
+
 ray = pytest.importorskip("ray")
 
 SLOW = "import time\ndef grade(text, gold):\n    time.sleep(0.05)\n    return float(text == gold)\n"
@@ -46,14 +48,6 @@ def grading_actor():
             return [self.pool._queue.template._process.pid, *(worker.pid for worker in self.pool._queue.workers)]
 
     return ray.remote(Grading).options(num_cpus=0.1, max_concurrency=200).remote()
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_an_async_actor_stays_responsive_and_takes_its_graders_along_when_it_is_killed(cluster, tmp_path):
