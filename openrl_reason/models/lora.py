@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from openrl_reason.workers.model_config import LoraConfig
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Freezes the model and adds trainable adapters (they start as the identity). Raises ConfigError if no module matches."""
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, also_train: tuple[str, ...] = ()) -> None:
+    """Freezes the model and adds trainable adapters (they start as the identity). Raises ConfigError if no module matches.
+
+    The modules named in ``also_train`` (a new head, say) get no adapter and are trained whole.
+    """
     try:
         from peft import LoraConfig as PeftLoraConfig
         from peft import inject_adapter_in_model
@@ -28,18 +31,19 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     targets: str | list[str] = config.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in config.target_modules.split(",")]
-        if "lm_head" in targets or "embed_tokens" in targets:
+        if {"lm_head", "embed_tokens", *also_train} & set(targets):
             raise ConfigError(f"lora.target_modules is {config.target_modules!r}; embeddings and output head cannot carry an adapter")
     settings = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
+    settings.exclude_modules = list(also_train) or None
     dtype = model.dtype
     try:
         inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules is {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name or name.startswith(tuple(f"{module}." for module in also_train)))
         parameter.data = parameter.data.to(dtype)
 
 

@@ -88,7 +88,7 @@ def build_engine(model: nn.Module, config: ModelConfig, device: torch.device, hi
 
 def deepspeed_config(config: ModelConfig, device: torch.device, hidden_size: int, num_parameters: int) -> dict[str, Any]:
     """The JSON that DeepSpeed reads."""
-    bucket = max(min(num_parameters, 200_000_000), 1)
+    bucket = min(-(-num_parameters // 16) * 16, 200_000_000)  # even, as ZeRO demands: a scalar head may make the number of parameters odd
     pin = device.type == "cuda"
     zero: dict[str, Any] = {
         "stage": config.zero_stage,

@@ -113,6 +113,19 @@ class TrainedModelConfig(ModelConfig):
                 raise ConfigError(f"{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
 
 
+@dataclass(frozen=True)
+class ScalarModelConfig(TrainedModelConfig):
+    """A model with a number for every token (``models/scalar_model.py``): a critic, a reward model or a process-reward model."""
+
+    head_init: str = "zero"
+    """Start of a head that the folder does not have: ``zero`` (every value is 0 at first) or ``small`` (normal, 1 / sqrt(hidden size + 1))."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head_init not in ("zero", "small"):
+            raise ConfigError(f"head_init is {self.head_init!r}; it must be 'zero' or 'small'")
+
+
 def learning_rate(config: TrainedModelConfig, step: int, total_steps: int) -> float:
     """The rate of optimiser step ``step`` (0-based) of ``total_steps``: a pure function, so a resumed run needs no state.
 

@@ -72,16 +72,17 @@ class _ModelActor:
 
 
 @dataclass
-class PendingLogprobs:
-    """Log-probabilities under way. ``result()`` waits for them."""
+class PendingTokens:
+    """Per-token numbers under way: log-probabilities or values. ``result()`` waits for them."""
 
     group: ModelGroup
+    method: str
     batch: TokenBatch
     plan: list[list[list[int]]]
     refs: list[Any]
 
     def result(self) -> dict[str, Tensor]:
-        per_rank = self.group._gather(self.refs, "logprobs")
+        per_rank = self.group._gather(self.refs, self.method)
         pieces = [piece for rank_pieces in per_rank for piece in rank_pieces]
         index_lists = [indices for rank_plan in self.plan for indices in rank_plan]
         return {name: unsplit_tokens([piece[name] for piece in pieces], index_lists, self.batch) for name in pieces[0]}
@@ -157,16 +158,31 @@ class ModelGroup:
         """``{"logprobs": float32 [N]}``, with ``with_entropy`` also ``"entropy"``, in the order of ``batch``. See LanguageModel."""
         return self.logprobs_async(batch, temperature, with_entropy, adapters=adapters).result()
 
-    def logprobs_async(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> PendingLogprobs:
+    def logprobs_async(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> PendingTokens:
         """The same, started now and waited for later: a reference model can score while others still generate."""
+        return self._score("logprobs", batch, temperature, with_entropy, adapters=adapters)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N] of a scalar model: the value of the state before each token, 0.0 at a sequence's first."""
+        return self.values_async(batch).result()["values"]
+
+    def values_async(self, batch: TokenBatch) -> PendingTokens:
+        """The same, started now: ``result()["values"]``. A critic can look at finished trajectories while others still generate."""
+        return self._score("values", batch)
+
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """float32 [N] of a scalar model: the score of everything up to and with each token (rewards of responses, steps and prefixes)."""
+        return self._score("values", batch, shifted=False).result()["values"]
+
+    def _score(self, method: str, batch: TokenBatch, *args: Any, **kwargs: Any) -> PendingTokens:
         # Scoring needs the tokens alone; nothing else travels.
         bare = TokenBatch(batch.token_ids, batch.cu_seqlens, batch.action_mask, batch.step_ids, batch.behaviour_logprobs)
         plan = self._plan(bare)
         refs = [
-            actor.call.remote("logprobs", bare.split(rank_plan), temperature, with_entropy, adapters=adapters)
+            actor.call.remote(method, bare.split(rank_plan), *args, **kwargs)
             for actor, rank_plan in zip(self._alive(), plan, strict=True)
-        ]
-        return PendingLogprobs(self, bare, plan, refs)
+        ]  # fmt: skip
+        return PendingTokens(self, method, bare, plan, refs)
 
     def update(
         self,

@@ -17,8 +17,9 @@ from openrl_reason.errors import ConfigError
 from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 from openrl_reason.models.policy import LanguageModel, ModelOutput
+from openrl_reason.models.scalar_model import ScalarModel, load_scalar_model
 from openrl_reason.workers.deepspeed_engine import ParkedMemory, build_engine, clips_itself, gathered, init_process_group, resident_tensors
-from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig, learning_rate
+from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig, TrainedModelConfig, learning_rate
 
 if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
@@ -34,8 +35,9 @@ GATHER_BYTES = 256 << 20
 class ModelWorker:
     """One data-parallel rank. Every method is called on all ranks alike, with the same number of micro-batches.
 
+    A ``ScalarModelConfig`` makes it a model with one number per token (critic, reward model), which has ``values`` instead of ``logprobs``.
     ``total_steps``: optimiser steps of the whole run, which the learning-rate schedule needs; None: the model is only run. ``seed`` draws
-    the LoRA initialisation (alike on all ranks) and dropout (different on each).
+    the initialisation of LoRA and of a new head (alike on all ranks) and dropout (different on each).
     ``store``: rank 0 may already hold the rendezvous that listens at ``master_addr:master_port``.
     """
 
@@ -62,7 +64,7 @@ class ModelWorker:
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
-        self.model = self._build_model()
+        self.model = self._build_model(seed)
         self.engine = None
         if self.trained or config.zero_stage == 3:
             init_process_group(rank, world_size, master_addr, master_port, self.device, timeout_s, store)
@@ -73,17 +75,24 @@ class ModelWorker:
             self.model.to(self.device).requires_grad_(False)
         torch.manual_seed(derive_seed(seed, "dropout", rank))
 
-    def _build_model(self) -> LanguageModel:
+    def _build_model(self, seed: int) -> LanguageModel | ScalarModel:
         config = self.config
         attn_impl = choose_attention(config.attention, self.device)
-        model = load_causal_lm(config.path, config.dtype, attn_implementation=attn_impl, trust_remote_code=config.trust_remote_code)
+        settings = {"attn_implementation": attn_impl, "trust_remote_code": config.trust_remote_code}
+        is_scalar = isinstance(config, ScalarModelConfig)
+        if is_scalar:
+            model = load_scalar_model(config.path, config.dtype, head_init=config.head_init, seed=derive_seed(seed, "head"), **settings)
+        else:
+            model = load_causal_lm(config.path, config.dtype, **settings)
         check_vocabulary(self.tokenizer, model.config, config.path)
         if isinstance(config, TrainedModelConfig) and config.lora.rank:
             from openrl_reason.models.lora import add_lora
 
-            add_lora(model, config.lora)
+            add_lora(model, config.lora, also_train=("score",) if is_scalar else ())
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if is_scalar:
+            return ScalarModel(model, attn_impl=attn_impl)
         return LanguageModel(model, attn_impl=attn_impl, head_chunk_tokens=config.head_chunk_tokens)
 
     # ---- running the model ---------------------------------------------------------------------------------------------------------
@@ -108,6 +117,14 @@ class ModelWorker:
                 results.append({"logprobs": logprobs.cpu()} | ({"entropy": entropy.cpu()} if with_entropy else {}))
         return results
 
+    def values(self, micro_batches: Sequence[TokenBatch], *, shifted: bool = True) -> list[dict[str, Tensor]]:
+        """Per micro-batch, on the CPU: ``{"values": float32 [N]}`` of a scalar model at every token, see ``ScalarModel.forward``."""
+        assert isinstance(self.model, ScalarModel), f"the {self.role} model has no scalar head"
+        forward = self.engine or self.model
+        forward.eval()
+        with torch.no_grad():
+            return [{"values": forward(b.token_ids.to(self.device), b.cu_seqlens.to(self.device), shifted).cpu()} for b in micro_batches]
+
     def update(
         self,
         micro_batches: Sequence[TokenBatch],
@@ -129,10 +146,10 @@ class ModelWorker:
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             batch = batch.to(self.device)
-            logprobs, entropy = self.engine(batch.token_ids, batch.cu_seqlens, temperature, with_entropy, batch.action_mask)
-            loss, loss_metrics = loss_fn(ModelOutput(logprobs=logprobs, entropy=entropy), batch, denominators)
+            outputs = self._outputs(batch, temperature, with_entropy)
+            loss, loss_metrics = loss_fn(outputs, batch, denominators)
             if not loss.requires_grad:  # a micro-batch without actions must still run its backward: other ranks wait in it
-                loss = loss + 0.0 * logprobs.sum()
+                loss = loss + 0.0 * (outputs.logprobs if outputs.values is None else outputs.values).sum()
             # DeepSpeed averages over ranks, but the denominator is already the global batch's.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             metrics.add(loss_metrics)
@@ -143,6 +160,12 @@ class ModelWorker:
         for name in ("seconds/forward_backward", "seconds/optimizer"):
             reduced[name] = reduced.pop(f"{name}/max")
         return reduced | optimizer_metrics
+
+    def _outputs(self, batch: TokenBatch, temperature: float, with_entropy: bool) -> ModelOutput:
+        if isinstance(self.model, ScalarModel):
+            return ModelOutput(values=self.engine(batch.token_ids, batch.cu_seqlens))
+        logprobs, entropy = self.engine(batch.token_ids, batch.cu_seqlens, temperature, with_entropy, batch.action_mask)
+        return ModelOutput(logprobs=logprobs, entropy=entropy)
 
     def _optimizer_step(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.step, self.total_steps)
@@ -248,7 +271,7 @@ class ModelWorker:
         tensors = self.named_full_tensors()
         if self.rank == 0:
             model = self.model.model
-            export_hf(tensors, model.config, self.tokenizer, folder, generation_config=model.generation_config, dtype=dtype)
+            export_hf(tensors, model.config, self.tokenizer, folder, generation_config=getattr(model, "generation_config", None), dtype=dtype)
         self.finish_gathering(tensors)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------------------------
