@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -191,17 +192,31 @@ class ModelGroup:
         denominators: dict[str, float],
         temperature: float = 1.0,
         with_entropy: bool = False,
+        *,
+        units: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """One optimiser step on the whole batch, however it is cut. Returns ModelWorker.update's metrics, global over the batch."""
-        plan = self._plan(batch)
+        """One optimiser step on the whole batch, however it is cut. Returns ModelWorker.update's metrics, global over the batch.
+
+        ``units``: sizes of runs of consecutive sequences that must meet in one micro-batch, in order (2 for each preference pair).
+        """
+        plan = self._plan(batch, units)
         refs = [
             actor.call.remote("update", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy)
             for actor, rank_plan in zip(self._alive(), plan, strict=True)
         ]
         return self._gather(refs, "update")[0]
 
-    def _plan(self, batch: TokenBatch) -> list[list[list[int]]]:
-        return plan_micro_batches(batch.lengths.tolist(), self.num_ranks, self.config.tokens_per_micro_batch)
+    def _plan(self, batch: TokenBatch, units: Sequence[int] | None = None) -> list[list[list[int]]]:
+        lengths, first = batch.lengths.tolist(), [0, *accumulate(units if units is not None else [1] * batch.num_sequences)]
+        if first[-1] != len(lengths):
+            raise ValueError(f"the units hold {first[-1]} sequences, the batch has {len(lengths)}")
+        members = [range(start, end) for start, end in pairwise(first)]
+        plan = plan_micro_batches([sum(lengths[i] for i in unit) for unit in members], self.num_ranks, self.config.tokens_per_micro_batch)
+        return [[[index for unit in micro for index in members[unit]] for micro in rank] for rank in plan]
+
+    def set_schedule(self, total_steps: int, step: int) -> None:
+        """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step``: for training in rounds, each with its own."""
+        self._call_all("set_schedule", total_steps, step)
 
     # ---- weights and checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -186,6 +186,10 @@ class ModelWorker:
         self.step += 1
         return {"grad_norm": float("inf") if skipped else float(norm), "lr": rate, "skipped_update": float(skipped)}
 
+    def set_schedule(self, total_steps: int, step: int) -> None:
+        """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step`` (0-based)."""
+        self.total_steps, self.step = total_steps, step
+
     # ---- weights -------------------------------------------------------------------------------------------------------------------
 
     def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
