@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,22 @@ FAILED = tuple(status for status in STATUSES if status not in ("ok", "no_answer"
 """Statuses that mean that the grader or reward function failed, not the answer."""
 MAX_REWARD = 1e30
 """Rewards and their differences are float32."""
+
+
+class SideRollouts(Protocol):
+    """What is sampled in the same engines while a collection generates: Monte-Carlo values of its states, for instance (``vine.py``)."""
+
+    def start(self, index: int, trajectory: Trajectory, item: TaskItem) -> None:
+        """Trajectory number ``index`` is generated; it has no reward yet. May submit requests to the pool."""
+        ...
+
+    def take(self, completion: Completion) -> None:
+        """A completion that is none of the collection's own."""
+        ...
+
+    def drain(self) -> None:
+        """All trajectories are generated: return when everything that was asked for is there."""
+        ...
 
 
 @dataclass
@@ -67,6 +83,7 @@ class Collector:
         seed: tuple[int | str, ...],
         on_chunk: Callable[[list[Trajectory]], Any] | None = None,
         prompts_per_chunk: int = 8,
+        beside: SideRollouts | None = None,
     ) -> Rollouts:
         """``num_samples`` rewarded responses to each item.
 
@@ -75,6 +92,7 @@ class Collector:
             on_chunk: called with the trajectories (no rewards yet) of ``prompts_per_chunk`` consecutive prompts as soon as all of them and of
                 the chunks before are generated. Chunks are cut by position, never by arrival, so that what is computed on them is
                 reproducible to the bit.
+            beside: told of each trajectory as soon as it is generated, so that what it samples fills the engines that the slowest leave idle.
         """
         before, started = Counter(self.pool.stats()), time.perf_counter()
         requests = self._requests(items, num_samples, sampling, seed)
@@ -87,8 +105,12 @@ class Collector:
             first = len(chunks) * prompts_per_chunk
             return first < len(items) and not any(missing[first : first + prompts_per_chunk])
 
+        num_left, generated = len(requests), started
         for completion in self.pool.generate(requests):
-            index = index_of[completion.request_id]
+            index = index_of.get(completion.request_id)
+            if index is None:
+                beside.take(completion)
+                continue
             place, sample = divmod(index, num_samples)
             trajectory = self._trajectory(items[place], requests[index], completion, sample)
             trajectories[index] = trajectory
@@ -97,9 +119,17 @@ class Collector:
             while on_chunk and next_chunk_is_complete():
                 first, size = len(chunks) * prompts_per_chunk * num_samples, prompts_per_chunk * num_samples
                 chunks.append(on_chunk(trajectories[first : first + size]))
-        assert all(t is not None for t in trajectories), "the pool returned fewer completions than requests"
-        generated = time.perf_counter()
-        self.rewarder.flush()
+            num_left -= 1
+            if beside is not None:
+                beside.start(index, trajectory, items[place])
+            if not num_left:
+                generated = time.perf_counter()
+                self.rewarder.flush()
+        assert not num_left, "the pool returned fewer completions than requests"
+        ended = generated
+        if beside is not None:
+            beside.drain()
+            ended = time.perf_counter()
         results = [future.result() for future in pending]
         results = [self._reward(trajectory, result) for trajectory, result in zip(trajectories, results, strict=True)]
         rollouts = Rollouts(trajectories, [item for item in items for _ in range(num_samples)], results, chunks)
@@ -111,8 +141,9 @@ class Collector:
             | {
                 "timing/generate": generated - started,
                 "timing/generate_busy": max(seconds for name, seconds in used.items() if name.startswith("seconds_busy/")),
-                "timing/grade": time.perf_counter() - generated,
-                "perf/generated_tokens_per_second": used["generated_tokens"] / (generated - started),
+                **({} if beside is None else {"timing/branch": ended - generated}),
+                "timing/grade": time.perf_counter() - ended,
+                "perf/generated_tokens_per_second": used["generated_tokens"] / (ended - started),
                 "rollout/prefix_cache_hit": used["cached_prompt_tokens"] / max(1, used["prompt_tokens"]),
                 "rollout/engine_restarts": used["restarts"],
                 "rollout/resubmitted": used["resubmitted"],

@@ -63,6 +63,13 @@ class CombinedRewards:
         with contextlib.suppress(InvalidStateError):
             combined.set_result(result)
 
+    def with_own_numbers(self) -> CombinedRewards:
+        """The same rewards for another kind of responses (the Monte-Carlo rollouts beside the trajectories): same sources, numbers apart.
+
+        What the sources themselves count (calls, seconds, restarts) stays in the metrics of this one, which also closes them.
+        """
+        return _Shared(self.config, self._terms)
+
     def flush(self) -> None:
         """Start every term's last batch."""
         for _, source in self._terms:
@@ -82,6 +89,16 @@ class CombinedRewards:
         """Close every term."""
         for _, source in self._terms:
             source.close()
+
+
+class _Shared(CombinedRewards):
+    def metrics(self) -> dict[str, Any]:
+        with self._lock:
+            tally, self._tally = self._tally, _Tally()
+        return tally.metrics([term.label for term, _ in self._terms])
+
+    def close(self) -> None:
+        """The sources are their owner's to close."""
 
 
 def combine(config: RewardConfig, terms: Sequence[RewardTermConfig], results: Sequence[RewardResult], num_steps: int) -> RewardResult:

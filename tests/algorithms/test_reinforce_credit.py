@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from openrl_reason.algorithms.collect import FAILED, Rollouts, check_failures, logged_places, readable
+from openrl_reason.algorithms.policy_gradient import PolicyGradientLoss
 from openrl_reason.algorithms.reduction import loss_weights
-from openrl_reason.algorithms.reinforce import PolicyGradientLoss, ReinforceTrainer
+from openrl_reason.algorithms.reinforce import ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import DataError, WorkerError
@@ -171,9 +172,9 @@ def test_minibatches_partition_the_batch_and_keep_siblings_together():
     driver = ReinforceTrainer(ReinforceConfig(prompts_per_step=2, samples_per_prompt=3, algo=ReinforceAlgoConfig(minibatches=2, epochs=2)))
     driver.policy = FixedLogprobs(torch.zeros(sum(LENGTHS) + 2 * len(LENGTHS)))
     batch, _ = driver.credit(rollouts())
-    parts = driver._minibatches(batch, 0)
+    parts = driver.minibatches(batch, 0)
     assert sorted(map(tuple, parts)) == [(0, 1, 2), (3, 4, 5)]
-    assert parts == driver._minibatches(batch, 0)
+    assert parts == driver.minibatches(batch, 0)
 
 
 def test_rewards_of_steps_reach_the_tokens_before_and_not_those_after():
