@@ -28,6 +28,18 @@ def _reinforce(argv: Sequence[str], prog: str) -> None:
     ReinforceTrainer(parse_config(ReinforceConfig, argv, prog=prog)).fit()
 
 
+def _ppo(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.ppo import PPOConfig, PPOTrainer
+
+    PPOTrainer(parse_config(PPOConfig, argv, prog=prog)).fit()
+
+
+def _vineppo(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.vineppo import VinePPOConfig, VinePPOTrainer
+
+    VinePPOTrainer(parse_config(VinePPOConfig, argv, prog=prog)).fit()
+
+
 def _evaluate(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 
@@ -79,6 +91,8 @@ COMMANDS = {
     "make-model": Command(_make_model, "write a small model made on the spot (or SmolLM2-135M-Instruct) as a Hugging Face folder"),
     "sft": Command(_sft, "supervised fine-tuning on solutions", _RESUMES),
     "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy", _RESUMES),
+    "ppo": Command(_ppo, "PPO with a learned critic", _RESUMES),
+    "vineppo": Command(_vineppo, "VinePPO: PPO whose values are Monte-Carlo rollouts from every reasoning step, without a critic", _RESUMES),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),

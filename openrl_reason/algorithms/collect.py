@@ -33,8 +33,8 @@ MAX_REWARD = 1e30
 class SideRollouts(Protocol):
     """What is sampled in the same engines while a collection generates: Monte-Carlo values of its states, for instance (``vine.py``)."""
 
-    def start(self, index: int, trajectory: Trajectory, item: TaskItem) -> None:
-        """Trajectory number ``index`` is generated; it has no reward yet. May submit requests to the pool."""
+    def start(self, index: int, trajectory: Trajectory, item: TaskItem, group: str) -> None:
+        """Trajectory number ``index`` is generated, by a request of that ``group``; it has no reward yet. May submit requests to the pool."""
         ...
 
     def take(self, completion: Completion) -> None:
@@ -56,6 +56,8 @@ class Rollouts:
     chunks: list[Any] = field(default_factory=list)
     """What ``on_chunk`` returned, in order."""
     metrics: dict[str, float] = field(default_factory=dict)
+    beside: Any = None
+    """What was sampled beside them."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -121,7 +123,7 @@ class Collector:
                 chunks.append(on_chunk(trajectories[first : first + size]))
             num_left -= 1
             if beside is not None:
-                beside.start(index, trajectory, items[place])
+                beside.start(index, trajectory, items[place], requests[index].group)
             if not num_left:
                 generated = time.perf_counter()
                 self.rewarder.flush()
@@ -132,7 +134,7 @@ class Collector:
             ended = time.perf_counter()
         results = [future.result() for future in pending]
         results = [self._reward(trajectory, result) for trajectory, result in zip(trajectories, results, strict=True)]
-        rollouts = Rollouts(trajectories, [item for item in items for _ in range(num_samples)], results, chunks)
+        rollouts = Rollouts(trajectories, [item for item in items for _ in range(num_samples)], results, chunks, beside=beside)
         used = Counter(self.pool.stats())
         used.subtract(before)
         rollouts.metrics = (
@@ -222,14 +224,20 @@ def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:
 
 def check_failures(rollouts: Rollouts, max_failed_rate: float) -> None:
     """Raises WorkerError, with counts and the first causes, when more than this share of the rewards failed."""
-    total = len(rollouts.results)
     failed = [result for result in rollouts.results if result.status in FAILED]
+    check_failure_rate(failed, len(rollouts.results), max_failed_rate, counts=Counter(rollouts.statuses))
+
+
+def check_failure_rate(
+    failed: Sequence[RewardResult], total: int, max_failed_rate: float, *, counts: Counter[str] | None = None, what: str = "rewards"
+) -> None:
+    """The same for the ``failed`` results among any ``total``."""
     if len(failed) <= max_failed_rate * total:
         return
-    counts = ", ".join(f"{status} {count}" for status, count in Counter(rollouts.statuses).most_common())
+    numbers = ", ".join(f"{status} {count}" for status, count in (counts or Counter(result.status for result in failed)).most_common())
     causes = dict.fromkeys(result.detail for result in failed if result.detail)
     reason = f"; for instance: {' | '.join(list(causes)[:3])[:600]}" if causes else ""
-    raise WorkerError(f"{len(failed)} of {total} rewards failed ({counts}); --reward.max_failed_rate is {max_failed_rate:g}{reason}")
+    raise WorkerError(f"{len(failed)} of {total} {what} failed ({numbers}); --reward.max_failed_rate is {max_failed_rate:g}{reason}")
 
 
 def readable(rollouts: Rollouts, step: int, limit: int, *, source: str = "train", tokenizer: Any = None, batch: Any = None) -> list[dict[str, Any]]:

@@ -298,6 +298,7 @@ class OnlineTrainer(Trainer):
             self.judge = start_judge(config.reward.judge, self.judge_tokenizer, placement=placement, policy_pool=self.pool, seed=seed)
             stack.callback(self.judge.close)
             rewarder = self._rewarder(grader, stack)
+        self.rewarder = rewarder
         self.collector = Collector(self.task, self.tokenizer, self.pool, rewarder)
         # Held-out answers are judged by the task's grader; a reward that does not ask it at all is the only judge there is.
         asks_task = self._reward_function is None and any(term.source == "task" for term in config.reward.all_terms)

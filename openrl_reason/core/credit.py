@@ -115,22 +115,25 @@ def group_advantages(rewards_B: Tensor, group_ids_B: Tensor, *, kind: str) -> Te
     return centred.to(dtype)
 
 
-def vine_step_advantages(step_values: Sequence[float], step_rewards: Sequence[float]) -> list[float]:
-    """Step advantages from Monte-Carlo values (VinePPO, arXiv 2410.01679, eq. 9): A_i = r_i + V(s_{i+1}) - V(s_i), V after the last step 0.
+def vine_step_advantages(step_values: Sequence[float], step_rewards: Sequence[float], *, gamma: float = 1.0) -> list[float]:
+    """Step advantages from Monte-Carlo values (VinePPO, arXiv 2410.01679, eq. 9): A_i = r_i + gamma V(s_{i+1}) - V(s_i), V after the last step 0.
 
     ``step_rewards`` [S]; ``step_values[i]`` = V(state before step i). Values may be missing: fewer than S of them (rollouts capped at
-    some depth) or NaN (a request lost). A missing V_i becomes r_i + V_{i+1}, so step i gets 0 and the last step whose value is known
-    absorbs the residual; sum(A) = sum(r) - V(s_0) always. The inputs are left alone. Raises ``ValueError`` for more values than steps.
+    some depth) or NaN (a request lost). A missing V_i becomes r_i + gamma V_{i+1}, so step i gets 0 and the last step whose value is known
+    absorbs the residual; sum_i gamma^i A_i = sum_i gamma^i r_i - V(s_0) always. The inputs are left alone. ``gamma`` is per *step*.
+    Raises ``ValueError`` for more values than steps, or a gamma outside [0, 1].
     """
     rewards = [float(reward) for reward in step_rewards]
     values = [float(value) for value in step_values]
     if len(values) > len(rewards):
         raise ValueError(f"{len(values)} step values for {len(rewards)} steps: give V(state before step i), none after the last step")
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], it is {gamma}")
     values += [float("nan")] * (len(rewards) - len(values)) + [0.0]
     for step in reversed(range(len(rewards))):
         if values[step] != values[step]:  # NaN
-            values[step] = rewards[step] + values[step + 1]
-    return [reward + after - before for reward, before, after in zip(rewards, values, values[1:], strict=False)]
+            values[step] = rewards[step] + gamma * values[step + 1]
+    return [reward + gamma * after - before for reward, before, after in zip(rewards, values, values[1:], strict=False)]
 
 
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8, shift_mean: bool = True) -> Tensor:

@@ -5,7 +5,9 @@ On disk it is a Hugging Face ``...ForTokenClassification`` folder, which ``AutoM
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from openrl_reason.config import require
 from openrl_reason.core.segments import shift_into_segments
 from openrl_reason.errors import DataError
-from openrl_reason.models.loading import DTYPES, load_config
+from openrl_reason.models.loading import DTYPES, load_config, load_tokenizer
 from openrl_reason.models.policy import packed_hidden_states
 
 if TYPE_CHECKING:
@@ -59,6 +61,44 @@ class ScalarModel(nn.Module):
         scores = self.model.score(hidden)
         scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores
         return shift_into_segments(scores, cu_seqlens) if shifted else scores
+
+
+def check_scalar_folder(path: str, tokenizer: Any, length: int, *, flag: str, trust_remote_code: bool = False) -> None:
+    """Whether the folder can be a critic or reward model of what ``tokenizer`` (the policy's) writes; reads no weights.
+
+    Raises:
+        DataError: the vocabulary or the tokenizer is another one, the head has another size or number of labels, positions are too few.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    where = f"--{flag} {path}"
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise DataError(f"{where} has {config.vocab_size} embeddings, but the policy's tokenizer has token id {largest}: the vocabularies differ")
+    if (own := load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()) != tokenizer.get_vocab():
+        token = min(set(own.items()) ^ set(tokenizer.get_vocab().items()), key=lambda item: item[1])
+        raise DataError(f"{where} has another tokenizer than the policy (they differ at id {token[1]}, {token[0]!r}): it would read other texts")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions < length:
+        raise DataError(f"{where} has {positions} positions, and sequences have up to {length} tokens")
+    if _has_head(config) and config.num_labels != 1:
+        raise DataError(f"{where} has a head of {config.num_labels} labels; one number for each token is needed here")
+    for name, shape in _shapes(path).items():
+        if name == "score.weight" and list(shape) != [1, config.hidden_size]:
+            raise DataError(f"{where}: its head score.weight is {list(shape)}, but config.json says hidden size {config.hidden_size}")
+        if name.endswith("embed_tokens.weight") and list(shape) != [config.vocab_size, config.hidden_size]:
+            size = f"vocabulary {config.vocab_size} and hidden size {config.hidden_size}"
+            raise DataError(f"{where}: its embeddings {name} are {list(shape)}, but config.json says {size}")
+
+
+def _shapes(path: str) -> dict[str, Sequence[int]]:
+    """Shapes of the tensors of a local folder, from the headers of its files."""
+    from safetensors import safe_open
+
+    shapes: dict[str, Sequence[int]] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            shapes |= {name: stream.get_slice(name).get_shape() for name in stream.keys()}  # noqa: SIM118
+    return shapes
 
 
 def load_scalar_model(

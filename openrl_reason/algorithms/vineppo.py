@@ -1,0 +1,130 @@
+"""VinePPO on Ray: PPO whose values are Monte-Carlo rollouts from every step boundary (Kazemnejad et al. 2024, arXiv 2410.01679).
+
+Against ``ppo.py``: no critic is started, trained or saved, and ``credit`` takes each token's advantage from its step,
+
+    A_i = r_i + gamma V(s_{i+1}) - V(s_i),     V(s) = mean return of K rollouts from s,     0 after the last step,
+
+with the values that ``vine.py`` samples while the collection still generates. Rollouts are never trained on. They earn the reward alone, so the KL
+to the reference belongs into the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from openrl_reason.algorithms.collect import Rollouts, check_failure_rate
+from openrl_reason.algorithms.online import OnlineTrainer
+from openrl_reason.algorithms.online_config import OnlineConfig, PolicyUpdateConfig
+from openrl_reason.algorithms.ppo import check_whitening, whitened
+from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.algorithms.vine import StepValues, VineConfig, check_vine
+from openrl_reason.config import require
+from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.credit import vine_step_advantages
+from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.workers.branching import BranchCall
+
+
+@dataclass(frozen=True)
+class VinePPOAlgoConfig(PolicyUpdateConfig):
+    """What is learnt from the rollouts."""
+
+    gamma: float = 1.0
+    """Discount per step, at most 1."""
+    whiten: str = "full"
+    """Advantages over the whole collection: none, scale (divided by their standard deviation, signs stay) or full (mean 0, deviation 1)."""
+
+
+@dataclass(frozen=True)
+class VinePPOConfig(OnlineConfig):
+    """VinePPO: PPO with Monte-Carlo values of the states between reasoning steps, without a critic."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/vineppo"))
+    """The run as a whole."""
+    algo: VinePPOAlgoConfig = field(default_factory=VinePPOAlgoConfig)
+    """What is learnt."""
+    vine: VineConfig = field(default_factory=VineConfig)
+    """Monte-Carlo values."""
+
+    def __post_init__(self) -> None:
+        check_whitening(self.algo.whiten)
+        check_vine(self.vine, self.samples_per_prompt)
+        where = self.algo.kl.where
+        require(where != "reward", "algo.kl.where", where, "Monte-Carlo values see the reward of a rollout and not its KL: use loss (or none)")
+        super().__post_init__()
+
+
+class VinePPOTrainer(OnlineTrainer):
+    """Trains a policy by VinePPO. Arguments: see ``OnlineTrainer``."""
+
+    headline = (*OnlineTrainer.headline, "credit/value_mean")
+    curves = (*OnlineTrainer.curves, "credit/value_mean", "credit/mc_tokens_per_training_token")
+
+    def describe(self) -> str:
+        vine = self.config.vine
+        count = f"K = {vine.num_rollouts}" if vine.interval_width is None else f"K = {vine.num_rollouts} .. {vine.max_rollouts}"
+        return f"VinePPO, {count}, advantages whitened: {self.config.algo.whiten}"
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.config.vine.step_kind:  # trajectories, rollouts and rewards per step must be cut alike
+            self.task.step_kind = self.config.vine.step_kind
+
+    def beside(self) -> StepValues:
+        """Rollouts of the states, sampled while the collection generates."""
+        call = BranchCall(self.pool, sampling=self.sampling, seed=(self.run.seed, "branch", self.done))
+        return StepValues(
+            self.config.vine, call, self.rewarder.with_own_numbers(), self.tokenizer,
+            step_kind=self.task.step_kind, gamma=self.config.algo.gamma, max_new_tokens=self.sampling.max_new_tokens,
+        )  # fmt: skip
+
+    def credit(self, rollouts: Rollouts) -> tuple[TokenBatch, dict[str, float]]:
+        """Advantages [N] of the whole collection: each token has that of its step."""
+        started, algo, step_values = time.perf_counter(), self.config.algo, rollouts.beside
+        rate = self.config.reward.max_failed_rate
+        check_failure_rate(step_values.failures, step_values.call.counts["requests"], rate, what="rewards of rollouts")
+        batch, metrics = self.scored_batch(rollouts)
+        returns = np.array([_discounted(t, algo.gamma) for t in rollouts.trajectories])
+        returns[~np.isfinite(rollouts.rewards)] = math.nan
+        advantages, values = torch.zeros(batch.num_tokens), torch.full((batch.num_tokens,), math.nan)
+        for row, place in enumerate(batch.sequences["places"].tolist()):
+            first = place // self.config.samples_per_prompt * self.config.samples_per_prompt
+            siblings = np.delete(returns[first : first + self.config.samples_per_prompt], place - first)
+            trajectory = rollouts.trajectories[place]
+            tokens = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
+            own = step_values.step_values(place, trajectory.rewards.tolist(), siblings.tolist())
+            advantages[tokens], values[tokens] = (torch.from_numpy(found) for found in token_credit(trajectory, own, algo.gamma))
+        mask = batch.action_mask
+        metrics |= step_values.metrics(batch.num_actions)
+        metrics["train/return"] = float(advantages[mask].mean())
+        batch = batch.with_tokens(advantages=whitened(advantages, mask, algo.whiten), values=values)
+        metrics["timing/credit"] = time.perf_counter() - started
+        return batch, metrics
+
+
+def token_credit(trajectory: Trajectory, step_values: list[float], gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """(advantages, values) float32 [T]: of the step that a token belongs to, and of the state before that step.
+
+    A step without tokens has no state of its own; what it earns belongs to the step before it.
+    """
+    steps_T = trajectory.step_ids[trajectory.action_mask]
+    owned = np.unique(steps_T)
+    rewards = np.zeros(len(owned))
+    np.add.at(rewards, np.searchsorted(owned, np.arange(trajectory.num_steps), side="right").clip(min=1) - 1, trajectory.rewards)
+    own_values = [step_values[step] for step in owned]
+    advantages_S = np.array(vine_step_advantages(own_values, rewards.tolist(), gamma=gamma))
+    index = np.searchsorted(owned, steps_T)
+    advantages, values = np.zeros(trajectory.num_tokens, np.float32), np.full(trajectory.num_tokens, np.nan, np.float32)
+    advantages[trajectory.action_mask], values[trajectory.action_mask] = advantages_S[index], np.array(own_values)[index]
+    return advantages, values
+
+
+def _discounted(trajectory: Trajectory, gamma: float) -> float:
+    """Return of a trajectory from its prompt on, discounted per step."""
+    return math.fsum(gamma**step * float(reward) for step, reward in enumerate(trajectory.rewards))
+
