@@ -21,6 +21,7 @@ from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.workers.network import node_address
+from openrl_reason.workers.prefix_reuse import HeldRequests, attach
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
 from openrl_reason.workers.weight_sync import Manifest, SharedMemorySender, host_identity, received_tensors
 
@@ -45,6 +46,8 @@ class RolloutEngine:
         self._eos_ids = read_eos_ids(self.model_path)
         self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
+        reuse = attach(self._engine) if config.prefix_caching and config.partial_prefix_reuse else None
+        self._held = HeldRequests(reuse.is_computed) if reuse else None
         self._vocab_size = self._engine.model_config.get_vocab_size()
         self._unfinished: dict[str, Request] = {}
         self._version: int | None = version
@@ -122,17 +125,24 @@ class RolloutEngine:
                 wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
                 raise ConfigError(f"request {request.request_id!r} holds token id {wrong}, but the model has {self._vocab_size} tokens")
         started = time.perf_counter()
-        for request in new_requests:
-            self._add(request)
+        self._unfinished.update((request.request_id, request) for request in new_requests)
+        if self._held:
+            self._held.admit(new_requests, self._add)
+        else:
+            for request in new_requests:
+                self._add(request)
         completions: list[Completion] = []
         while self._unfinished:
+            if self._held:
+                self._held.release(self._add)
             completions += [self._completion(output) for output in self._engine.step()]
             if time.perf_counter() - started >= max_seconds:
                 break
         self.seconds_busy += time.perf_counter() - started
         return completions
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request) -> str:
+        """Gives vLLM a request; vLLM's own id of it."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -153,8 +163,7 @@ class RolloutEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
-        self._unfinished[request.request_id] = request
+        return self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
 
     def _completion(self, output: Any) -> Completion:
         request = self._unfinished.pop(output.request_id)
@@ -185,6 +194,8 @@ class RolloutEngine:
 
     def abort_all(self) -> None:
         """Forgets every unfinished request."""
+        for request_id in self._held.clear() if self._held else ():
+            del self._unfinished[request_id]  # vLLM has never heard of it
         self._engine.abort_request(list(self._unfinished))
         self._unfinished.clear()
 

@@ -69,6 +69,9 @@ class RolloutConfig:
     """No CUDA graphs and no compilation: starts faster; on a GPU, false generates faster."""
     prefix_caching: bool = True
     """Keep the KV cache of prompts (until the next weight update), so that siblings and branches do not compute them again."""
+    partial_prefix_reuse: bool = True
+    """Share prefixes to the token, not in whole blocks only: a request starts from a copy of a block that begins like its own. For models with
+    plain attention; others share whole blocks."""
     weight_transport: str = "auto"
     """How weights reach the engines: shared_memory (one node), object_store (any nodes), gloo or nccl; auto: one of the first two."""
     sync_checksum: bool = False
