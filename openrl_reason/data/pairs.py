@@ -1,0 +1,285 @@
+"""Preference pairs: a chosen and a rejected response to one prompt, from rewarded samples or from files in TRL's layout.
+
+Every sample, question and pair that does not end up in a pair is counted, by reason (``PairData.counts``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openrl_reason.config import require
+from openrl_reason.core.seeds import content_id, derive_seed
+from openrl_reason.core.trajectory import StopReason, Trajectory, iter_jsonl, read_parquet
+from openrl_reason.data.readers import Row, iter_rows
+from openrl_reason.data.sft import SFTDataConfig, encode_row
+from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.tasks.graders import STATUSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FAILED = frozenset(STATUSES) - {"ok", "no_answer"}
+"""Statuses that mean that the grading failed, not the answer."""
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Where preference pairs come from: a file of pairs, or rewarded samples that are paired here."""
+
+    path: str = ""
+    """Pairs as rows {prompt, chosen, rejected}: text, or chat messages (also without a prompt, which is what chosen and rejected begin with
+    alike). A .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name org/name[:config]."""
+    split: str = "train"
+    """Of a hub name or saved folder."""
+    prompt_key: str = "prompt"
+    """path: column of the prompt."""
+    chosen_key: str = "chosen"
+    """path: column of the better response."""
+    rejected_key: str = "rejected"
+    """path: column of the worse response."""
+    apply_chat_template: bool = False
+    """path: put text through the chat template as a user and an assistant message. Messages always go through it."""
+    trajectories: tuple[str, ...] = ()
+    """Rewarded samples to pair: trajectory files (.jsonl, .parquet), or folders of them such as runs/restem/samples/iteration-0000."""
+    threshold: float = 0.5
+    """Samples with at least this reward are accepted, the others rejected; a question's pairs are accepted x rejected."""
+    max_pairs_per_question: int = 64
+    """If a question has more pairs, so many are drawn without replacement, by the run's seed and the question's identity."""
+    accept_truncated: bool = False
+    """Let a response that the length limit cut off be chosen if its reward says so. False: it counts as rejected, since it never ended."""
+    dedup: bool = True
+    """Of equal responses (token by token) to a question keep one. False: as sampled, so that a frequent response weighs more."""
+
+    def __post_init__(self) -> None:
+        require(self.max_pairs_per_question >= 1, "pairs.max_pairs_per_question", self.max_pairs_per_question, "at least 1")
+        require(np.isfinite(self.threshold), "pairs.threshold", self.threshold, "use a finite reward")
+        keys = (self.prompt_key, self.chosen_key, self.rejected_key)
+        require(len(set(keys)) == 3, "pairs.chosen_key", self.chosen_key, "prompt_key, chosen_key and rejected_key must be three columns")
+        require(not (self.path and self.trajectories), "pairs.path", self.path, "with --pairs.trajectories there are two sources: give one of them")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt."""
+
+    pair_id: str
+    """Identity of this pair, made of its tokens."""
+    task_id: str
+    """Identity of the question."""
+    chosen: Trajectory
+    rejected: Trajectory
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both sequences, prompts included."""
+        return self.chosen.num_tokens + self.rejected.num_tokens
+
+
+@dataclass
+class PairData:
+    """Pairs, and what became of everything else."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """By name; see ``build_pairs`` and ``read_pairs`` for which."""
+
+    def describe(self) -> str:
+        """The counts that are not zero, in one line."""
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items() if count)
+
+
+# ---- from rewarded samples -----------------------------------------------------------------------------------------------------------
+
+
+def build_pairs(
+    trajectories: Iterable[Trajectory],
+    *,
+    threshold: float = 0.5,
+    max_per_question: int = 64,
+    seed: int = 0,
+    max_length: int = 0,
+    accept_truncated: bool = False,
+    dedup: bool = True,
+) -> PairData:
+    """Pairs of each question's accepted (reward >= ``threshold``) with its rejected samples, as VinePPO's DPO-Positive makes them.
+
+    A question is a task id with one prompt, token by token. A pair never comes twice; the order of the questions is that of their first
+    sample. ``max_length``: tokens of the longest sequence (0: no limit).
+
+    Counts. Of samples: ``samples`` = accepted + rejected + ungraded (grading failed: nothing is known) + empty (no response) + too_long +
+    repeated (equal to another one) + contradictory (a response that is both accepted and rejected); ``truncated_rejected`` are those of the
+    rejected whose reward reached the threshold. Of questions: ``questions`` = paired + all_accepted + all_rejected + no_samples_left.
+    Of pairs: ``possible_pairs`` = pairs + pairs_not_drawn.
+    """
+    data = PairData(counts=Counter(samples=0, questions=0))
+    questions: dict[tuple[str, bytes], list[Trajectory]] = {}
+    for trajectory in trajectories:
+        questions.setdefault((trajectory.task_id, trajectory.prompt_ids.tobytes()), []).append(trajectory)
+        data.counts["samples"] += 1
+    for (task_id, prompt), samples in questions.items():
+        data.counts["questions"] += 1
+        usable = list(_usable(samples, max_length, data.counts))
+        accepted, rejected = _split_by_reward(usable, threshold, accept_truncated, dedup, data.counts)
+        if not (accepted and rejected):
+            one_sided = "all_accepted" if accepted else "all_rejected" if rejected else "no_samples_left"
+            data.counts[f"questions_{one_sided}"] += 1
+            continue
+        data.counts["questions_paired"] += 1
+        possible = len(accepted) * len(rejected)
+        rng = np.random.default_rng(derive_seed(seed, "pairs", task_id, content_id(prompt.hex())))
+        drawn = np.sort(rng.choice(possible, max_per_question, replace=False)) if possible > max_per_question else range(possible)
+        data.counts.update(possible_pairs=possible, pairs=len(drawn), pairs_not_drawn=possible - len(drawn))
+        for place in drawn:
+            chosen, lost = divmod(int(place), len(rejected))
+            data.pairs.append(_pair(accepted[chosen], rejected[lost], ""))
+    return data
+
+
+def _usable(samples: Sequence[Trajectory], max_length: int, counts: Counter[str]) -> Iterator[Trajectory]:
+    for sample in samples:
+        if not has_reward(sample):
+            counts["ungraded"] += 1
+        elif not sample.num_actions:
+            counts["empty"] += 1
+        elif max_length and sample.num_tokens > max_length:
+            counts["too_long"] += 1
+        else:
+            yield sample
+
+
+def _split_by_reward(
+    samples: Sequence[Trajectory], threshold: float, accept_truncated: bool, dedup: bool, counts: Counter[str]
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    sides: tuple[list[Trajectory], list[Trajectory]] = ([], [])
+    for sample in samples:
+        right = reaches(sample, threshold)
+        cut = right and not accept_truncated and sample.stop_reason == StopReason.LENGTH
+        counts["truncated_rejected"] += cut
+        sides[0 if right and not cut else 1].append(sample)
+    both = {response_key(sample) for sample in sides[0]} & {response_key(sample) for sample in sides[1]}
+    kept: list[list[Trajectory]] = []
+    for name, side in zip(("accepted", "rejected"), sides, strict=True):
+        sure = [sample for sample in side if response_key(sample) not in both]
+        counts["contradictory"] += len(side) - len(sure)
+        distinct = list({response_key(sample): sample for sample in reversed(sure)}.values())[::-1] if dedup else sure
+        counts["repeated"] += len(sure) - len(distinct)
+        counts[name] += len(distinct)
+        kept.append(distinct)
+    return kept[0], kept[1]
+
+
+def has_reward(trajectory: Trajectory) -> bool:
+    """Whether the sample was graded. Runs that sample note it; in other files the status of the grading tells."""
+    return bool(trajectory.info.get("has_reward", trajectory.info.get("grade_status", "ok") not in FAILED))
+
+
+def reaches(trajectory: Trajectory, threshold: float) -> bool:
+    """Whether the reward is at least ``threshold``, both as float32, which rewards are."""
+    return np.float32(trajectory.reward) >= np.float32(threshold)
+
+
+def response_key(trajectory: Trajectory) -> bytes:
+    """Equal for equal responses, token by token."""
+    return trajectory.response_ids.tobytes()
+
+
+def _pair(chosen: Trajectory, rejected: Trajectory, salt: str) -> Pair:
+    return Pair(content_id("pair", chosen.trajectory_id, rejected.trajectory_id, salt), chosen.task_id, chosen, rejected)
+
+
+def read_samples(paths: Sequence[str]) -> Iterator[Trajectory]:
+    """Trajectories of files and folders (all .jsonl and .parquet files of a folder, by name). Raises DataError, naming file and line."""
+    for path in map(Path, paths):
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+        if not files:
+            raise DataError(f"--pairs.trajectories: there is no .jsonl or .parquet file in {path}")
+        for file in files:
+            yield from read_parquet(file) if file.suffix == ".parquet" else iter_jsonl(file)
+
+
+# ---- from files of pairs -------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 0) -> PairData:
+    """The rows of ``config.path``, encoded: the prompt's tokens are those the policy sees when it samples, and an EOS ends each response.
+
+    Counts: ``rows`` = pairs + empty (a response without text) + identical (chosen equals rejected) + too_long (one of them). Rows that come
+    twice stay twice. Raises DataError for rows of another form, naming file and line; ConfigError where a chat template is missing.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no EOS token, so no response could ever end; set eos_token in its tokenizer_config.json")
+    data = PairData(counts=Counter(rows=0))
+    for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split)):
+        data.counts["rows"] += 1
+        prompt, chosen, rejected = _texts(row, config)
+        if _is_empty(chosen) or _is_empty(rejected):
+            data.counts["empty"] += 1
+            continue
+        named = {config.chosen_key: chosen, config.rejected_key: rejected}
+        sides = [_encode(row, prompt, key, response, config, tokenizer) for key, response in named.items()]
+        if np.array_equal(sides[0].token_ids, sides[1].token_ids):
+            data.counts["identical"] += 1
+        elif max_length and max(side.num_tokens for side in sides) > max_length:
+            data.counts["too_long"] += 1
+        else:
+            data.counts["pairs"] += 1
+            data.pairs.append(_pair(*sides, str(index)))
+    return data
+
+
+def _texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected): three texts, or three lists of messages."""
+    chosen, rejected = row.values[config.chosen_key], row.values[config.rejected_key]
+    prompt = row.values.get(config.prompt_key)
+    for key, value in ((config.chosen_key, chosen), (config.rejected_key, rejected), (config.prompt_key, prompt)):
+        if not (isinstance(value, str | list) or (value is None and key == config.prompt_key)):
+            raise DataError(f"{row.where}: column {key!r} holds {str(value)[:80]!r}; expected text or a list of messages")
+    if type(chosen) is not type(rejected):
+        raise DataError(f"{row.where}: {config.chosen_key!r} is a {type(chosen).__name__}, {config.rejected_key!r} a {type(rejected).__name__}")
+    if isinstance(prompt, list) and isinstance(chosen, list):
+        return prompt, chosen, rejected
+    if isinstance(chosen, list):  # no prompt, or its text beside whole conversations
+        return _shared_beginning(row, config, chosen, rejected)
+    if isinstance(prompt, str):
+        return prompt, chosen, rejected
+    found = "is missing" if prompt is None else "is a list of messages, and the responses are text"
+    raise DataError(f"{row.where}: column {config.prompt_key!r} {found}; there are: {', '.join(map(str, row.values))}")
+
+
+def _shared_beginning(row: Row, config: PairsConfig, chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected) and shared:  # the same conversation twice: its last turn is the response, equal in both
+        shared -= 1
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        names = f"{config.chosen_key!r} and {config.rejected_key!r}"
+        raise DataError(f"{row.where}: {names} must begin with the same messages, the prompt, and each go on with a response")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_empty(response: str | list[Any]) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    contents = [message.get("content") for message in response if isinstance(message, dict) and message.get("role") == "assistant"]
+    return bool(contents) and all(isinstance(content, str) and not content.strip() for content in contents)
+
+
+def _encode(row: Row, prompt: Any, key: str, response: Any, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
+    keys = {"prompt_key": config.prompt_key, "completion_key": key, "messages_key": ""}  # the columns' own names, for error messages
+    layout = SFTDataConfig(apply_chat_template=config.apply_chat_template, **keys)
+    token_ids, turns = encode_row(Row(row.where, {config.prompt_key: prompt, key: response}), layout, tokenizer)
+    steps = np.asarray(turns, np.int32)
+    task_id = content_id("pair prompt", str(prompt))
+    return Trajectory(
+        trajectory_id=content_id(task_id, " ".join(map(str, token_ids))), task_id=task_id, group_id=task_id,
+        token_ids=np.asarray(token_ids, np.int32), action_mask=steps >= 0, step_ids=steps,
+        behaviour_logprobs=np.full(len(token_ids), np.nan, np.float32), rewards=np.zeros(int(steps.max()) + 1, np.float32),
+        stop_reason=StopReason.OFFLINE, info={"source": row.where},
+    )  # fmt: skip
