@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ROOT / "examples/scripts"
 JOB_SCRIPTS = {
     "train_sft_gsm8k.sh": [], "train_reinforce_gsm8k.sh": [], "train_reinforce_math.sh": [], "evaluate_math.sh": ["/models/some"],
-    "ray_job_cpu.sh": ["OUT"],
+    "train_ppo_gsm8k.sh": [], "train_vineppo_gsm8k.sh": [], "train_vineppo_math.sh": [], "ray_job_cpu.sh": ["OUT"],
 }  # fmt: skip
 OTHER_COMMANDS = {".", "cat", "cd", "chmod", "curl", "docker", "export", "git", "kill", "ls", "pip", "scp", "ssh", "tail", "tensorboard"}
 """Commands that pages may show without their being parsed here; the parsed ones are openrl-reason, bash and python with files that exist, and ray."""
@@ -84,6 +84,7 @@ def blocks(path: Path):
 def commands(text: str) -> list[list[str]]:
     """The simple commands of a shell text, as words; variables become "7", redirections and assignments in front are dropped."""
     text = re.sub(r"\\\n", " ", text)
+    text = re.sub(r'"\$\{?@[^"]*"', "", text)  # flags that are passed on
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
     text = re.sub(r"\$\{?\w+\}?", "7", text)
     found: list[list[str]] = []
@@ -161,15 +162,17 @@ def check_python(text: str) -> None:
 
 
 def config_classes() -> list[type]:
+    from openrl_reason.algorithms.ppo import PPOConfig
     from openrl_reason.algorithms.reinforce import ReinforceConfig
     from openrl_reason.algorithms.sft import SFTConfig
+    from openrl_reason.algorithms.vineppo import VinePPOConfig
     from openrl_reason.evaluation.compare import CompareConfig
     from openrl_reason.evaluation.evaluate import EvaluateConfig
     from openrl_reason.models.export_checkpoint import ExportConfig
     from openrl_reason.models.make import MakeModelConfig
     from openrl_reason.observe.report import ReportConfig
 
-    return [ReinforceConfig, SFTConfig, EvaluateConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    return [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, EvaluateConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:

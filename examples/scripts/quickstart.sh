@@ -26,52 +26,24 @@ fi
 mkdir -p "$output"
 cd "$output"
 
-# Additions such as 47+85=?. In four of ten solutions to learn from the sum is worked out, digit by digit; in the others it is just stated, which a
-# model of this size seldom gets right. Fine-tuning imitates both. Reinforcement learning has to find out which of the two pays.
-task=(
-    --task.name arithmetic
-    --task.styles '[columns]'
-    --task.levels '[1]'
-    --task.direct_share 0.6
-    --task.num_train 6500
-    --task.num_test 200
-)
-engines=(
-    --rollout.num_engines 2
-    --rollout.dtype float32
-    --rollout.max_model_len 96
-    --rollout.kv_cache_gib 0.1
-    --sampling.max_new_tokens 40
-)
+SEED="$seed" bash "$root/examples/scripts/sft_arithmetic_cpu.sh" .
 
-openrl-reason make-model \
-    --output start \
-    --seed "$seed" \
-    --tiny.hidden_size 256 \
-    --tiny.num_layers 2 \
-    --tiny.num_heads 4 \
-    --tiny.num_kv_heads 2 \
-    --tiny.intermediate_size 1024
-
-echo "fine-tuning for a minute or two; its log is $PWD/sft.log"
-openrl-reason sft "${task[@]}" \
-    --run.output_dir sft \
-    --run.seed "$seed" \
-    --run.steps 900 \
-    --batch_size 32 \
-    --policy.path start \
-    --policy.dtype float32 \
-    --policy.num_ranks 2 \
-    --policy.zero_stage 0 \
-    --policy.lr 2e-3 \
-    --policy.schedule linear >sft.log
-tail -n 2 sft.log
-
-openrl-reason reinforce "${task[@]}" "${engines[@]}" \
+openrl-reason reinforce \
     --run.output_dir rl \
     --run.seed "$seed" \
     --run.steps 60 \
     --run.eval_every 15 \
+    --task.name arithmetic \
+    --task.styles '[columns]' \
+    --task.levels '[1]' \
+    --task.direct_share 0.6 \
+    --task.num_train 6500 \
+    --task.num_test 200 \
+    --rollout.num_engines 2 \
+    --rollout.dtype float32 \
+    --rollout.max_model_len 96 \
+    --rollout.kv_cache_gib 0.1 \
+    --sampling.max_new_tokens 40 \
     --algo.advantage rloo \
     --prompts_per_step 32 \
     --samples_per_prompt 8 \

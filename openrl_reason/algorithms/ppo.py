@@ -135,10 +135,10 @@ class PPOTrainer(OnlineTrainer):
         return batch, metrics
 
     def update(self, batch: TokenBatch) -> dict[str, float]:
-        """The critic's and the policy's optimiser steps: side by side, unless the two share GPUs. Neither needs the other's result."""
+        """The critic's and the policy's optimiser steps. Neither needs the other's result: side by side, where they have bundles of their own."""
         if self.done < self.config.critic.warmup_steps:
             return self.update_critic(batch) | {"train/critic_warmup": 1.0}
-        if self._take_turns:
+        if self.config.placement.colocate:
             return self.update_critic(batch) | self.update_policy(batch)
         with ThreadPoolExecutor(1) as thread:
             critic = thread.submit(self.update_critic, batch)

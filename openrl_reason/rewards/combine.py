@@ -11,6 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from typing import Any
 
+from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import WorkerError
 from openrl_reason.rewards.answers import failure, is_skipped
 from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
@@ -35,6 +36,12 @@ class CombinedRewards:
     def submit(self, sample: RewardSample) -> Future[RewardResult]:
         """Queue one response at every term."""
         combined: Future[RewardResult] = Future()
+        if self.config.truncated is not None and sample.stop_reason == StopReason.LENGTH:
+            unfinished = RewardResult(self.config.truncated, "no_answer", detail="cut off by the length limit")
+            with self._lock:
+                self._tally.add(unfinished, {})
+            combined.set_result(unfinished)
+            return combined
         parts = [source.submit(sample) for _, source in self._terms]
         left, lock = len(parts), threading.Lock()
 

@@ -106,6 +106,8 @@ class RewardConfig:
     """Worth of a response whose reward killed its process. null: it does not train."""
     error: float | None = None
     """Worth of a response whose reward raised, was not finite, or had the wrong form. null: it does not train."""
+    truncated: float | None = None
+    """Worth of a response that the length limit cut off, whatever it says; it is not graded. null: it is graded like any other."""
     max_failed_rate: float = 0.5
     """Stop the run when more than this share of a collection's rewards failed (timeout, memory, crashed, error). 1: go on whatever fails."""
     server: RewardServerConfig = field(default_factory=RewardServerConfig)
@@ -159,6 +161,8 @@ def check_rewards(config: RewardConfig) -> None:
     for status in ("no_answer", *FAILURES):
         worth = config.worth(status)
         require(worth is None or abs(worth) < float("inf"), f"reward.{status}", worth, "use a finite number, or null: such a sample does not train")
+    worth = config.truncated
+    require(worth is None or abs(worth) < float("inf"), "reward.truncated", worth, "use a finite number, or null: it is graded like any other")
     server = config.server
     for name in ("batch_size", "max_concurrent", "max_response_mb"):
         require(getattr(server, name) >= 1, f"reward.server.{name}", getattr(server, name), "at least 1")
