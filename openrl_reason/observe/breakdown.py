@@ -8,8 +8,10 @@ from openrl_reason.observe.run_log import read_records
 
 PARTS = {
     "generation": ("timing/generate_busy",),
-    "forward and backward": ("timing/forward_backward", "timing/score", "timing/reference_wait"),
-    "optimizer": ("timing/optimizer",),
+    "forward and backward": (
+        "timing/forward_backward", "timing/score", "timing/reference_wait", "timing/values", "timing/critic_forward_backward",
+    ),
+    "optimizer": ("timing/optimizer", "timing/critic_optimizer"),
     "weight sync": ("timing/sync",),
     "grading": ("timing/grade",),
 }
