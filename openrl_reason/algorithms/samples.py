@@ -1,0 +1,118 @@
+"""Rewarded responses to many items, written to disk block by block, so that a run that is killed goes on from the blocks it has.
+
+What the caller gets is read back from those files: metrics and choices are a function of the files, whether or not the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openrl_reason.algorithms.collect import Collector, Rollouts, check_failures, rollout_metrics
+from openrl_reason.atomic import naming_disk_errors, write_json
+from openrl_reason.core.trajectory import Trajectory, read_jsonl, write_jsonl
+from openrl_reason.errors import CheckpointError
+from openrl_reason.rewards.base import RewardResult
+from openrl_reason.tasks.base import TaskItem
+from openrl_reason.workers.rollout_config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class SampleBlocks:
+    """``num_samples`` responses to each of ``items``, ``items_per_block`` items a file, in ``folder``."""
+
+    folder: Path
+    items: Sequence[TaskItem]
+    num_samples: int
+    sampling: SamplingConfig
+    seed: tuple[int | str, ...]
+    """Identity of the collection; each sample adds its block, place and task id."""
+    items_per_block: int = 256
+    identity: str = ""
+    """What else the samples depend on (the policy, the data): files of another identity are not taken for these."""
+
+    @property
+    def files(self) -> list[Path]:
+        """One per block."""
+        return [self.folder / f"samples-{number:05d}.jsonl" for number in range(-(-len(self.items) // self.items_per_block))]
+
+    def begin(self, *, keep: bool) -> None:
+        """Prepares the folder. ``keep``: complete blocks of this identity stay; otherwise the folder is emptied of samples.
+
+        Raises:
+            CheckpointError: with ``keep``, blocks of another identity are there.
+        """
+        with naming_disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            about = self.folder / "samples.json"
+            here = {"identity": self.identity, "num_samples": self.num_samples, "num_items": len(self.items), "block": self.items_per_block}
+            here |= {"sampling": json.loads(json.dumps(vars(self.sampling))), "seed": list(self.seed)}
+            if keep and about.exists():
+                before = json.loads(about.read_text(encoding="utf-8"))
+                changed = [name for name in here if before.get(name) != here[name]]
+                if changed:
+                    raise CheckpointError(
+                        f"the samples in {self.folder} were made with other settings ({', '.join(changed)}): delete them, or choose another"
+                        " --run.output_dir"
+                    )
+                return
+            for file in self.folder.glob("samples-*.jsonl"):
+                file.unlink()
+            write_json(about, here)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the blocks that are not there yet."""
+        return [number for number, file in enumerate(self.files) if not file.exists()]
+
+    def sample(self, collector: Collector, max_failed_rate: float, say: Callable[[str], None] = print) -> dict[str, float]:
+        """Generates and rewards the missing blocks. Returns the wall seconds by part."""
+        seconds: dict[str, float] = {}
+        for number in self.missing:
+            started = time.perf_counter()
+            items = self.items[number * self.items_per_block : (number + 1) * self.items_per_block]
+            rollouts = collector.collect(items, num_samples=self.num_samples, sampling=self.sampling, seed=(*self.seed, number))
+            check_failures(rollouts, max_failed_rate)
+            for trajectory, result in zip(rollouts.trajectories, rollouts.results, strict=True):
+                trajectory.info |= _reward_info(result)
+            with naming_disk_errors(self.files[number]):
+                write_jsonl(self.files[number], rollouts.trajectories)
+            for name, value in rollouts.metrics.items():
+                if name.startswith("timing/"):
+                    seconds[name] = seconds.get(name, 0.0) + value
+            right = float(np.nanmean(rollouts.rewards)) if np.isfinite(rollouts.rewards).any() else float("nan")
+            taken = time.perf_counter() - started
+            say(f"block {number + 1}/{len(self.files)}: {len(rollouts.trajectories)} samples, mean reward {right:.3g}, {taken:.1f} s")
+        return seconds
+
+    def read(self) -> Rollouts:
+        """All samples, prompt-major, with ``rollout_metrics`` of them. Raises DataError naming a file and line that does not read."""
+        trajectories = [trajectory for file in self.files for trajectory in read_jsonl(file)]
+        expected = len(self.items) * self.num_samples
+        if len(trajectories) != expected:
+            raise CheckpointError(f"{self.folder} holds {len(trajectories)} samples where {expected} were written: delete it to sample again")
+        items = [item for item in self.items for _ in range(self.num_samples)]
+        rollouts = Rollouts(trajectories, items, [_result(trajectory) for trajectory in trajectories])
+        rollouts.metrics = rollout_metrics(rollouts, self.num_samples)
+        return rollouts
+
+
+def _reward_info(result: RewardResult) -> dict[str, Any]:
+    """What a trajectory's own fields do not say about its reward; JSON has no NaN."""
+    terms = {name: float(score) if np.isfinite(score) else None for name, score in result.terms.items()}
+    return {"has_reward": bool(np.isfinite(result.score)), "reward_terms": terms, "grade_detail": result.detail}
+
+
+def _result(trajectory: Trajectory) -> RewardResult:
+    info, steps = trajectory.info, tuple(float(reward) for reward in trajectory.rewards)
+    terms = {name: float("nan") if score is None else score for name, score in info["reward_terms"].items()}
+    return RewardResult(
+        trajectory.reward if info["has_reward"] else float("nan"), info["grade_status"], info["parsed"], info["grade_detail"],
+        steps if len(steps) > 1 else None, terms,
+    )  # fmt: skip
