@@ -128,6 +128,7 @@ class StepValues:
 
     def start(self, index: int, trajectory: Trajectory, item: TaskItem, group: str) -> None:
         """Cuts a trajectory into steps and asks for rollouts of the states before them."""
+        self._hidden_tokens = self.call.counts["generated_tokens"]  # what is there when the last trajectory is
         self._more_where_needed()
         steps = self._cut(trajectory)
         first, tokens = trajectory.num_prompt_tokens, trajectory.token_ids.tolist()
@@ -208,7 +209,6 @@ class StepValues:
 
     def drain(self) -> None:
         """Returns when every rollout is there and graded."""
-        self._hidden_tokens = self.call.counts["generated_tokens"]
         while True:
             for completion in self.call.pool.generate():
                 self.take(completion)
