@@ -130,7 +130,7 @@ class BranchCall:
     def _request(self, prefix: Prefix, key: str, sample: int, budget: int) -> Request:
         seed = derive_seed(*self._seed, key.partition("+")[0], sample)
         sampling = replace(self.sampling, max_new_tokens=budget)
-        return Request(f"{self._name}/{key}/{sample}", list(prefix.token_ids), seed=seed, sampling=sampling, group=prefix.group)
+        return Request(f"{self._name}/{key}/{sample}", list(prefix.token_ids), seed=seed, sampling=sampling, group=prefix.group, movable=True)
 
     def take(self, completion: Completion) -> Branch | None:
         """The branch that a completion of the pool is; None if it belongs to somebody else."""

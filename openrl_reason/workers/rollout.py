@@ -110,7 +110,7 @@ class RolloutPool:
         self._broadcaster: BroadcastSender | None = None
         self._engine_of_group: dict[str, int] = {}
         self._assigned = [0] * config.num_engines
-        self._counts: Counter[str] = Counter(requests=0, completed=0, restarts=0, resubmitted=0)
+        self._counts: Counter[str] = Counter(requests=0, completed=0, restarts=0, resubmitted=0, moved=0)
         self._counts.update(prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=0)
         self._seats = [_Seat(index, role) for index in range(config.num_engines)]
         try:
@@ -147,24 +147,39 @@ class RolloutPool:
         """Adds requests, to be answered by the running (or next) `generate`.
 
         Requests of one group (of one prompt, where ``group`` is None) go to the engine that has the group already; a new group goes to the
-        engine that has been given the fewest requests so far.
+        engine that has been given the fewest requests so far. Those that are ``movable`` go, together, to the engine with the fewest unfinished
+        requests if that of their group has more than these more: computing their prefix once again is cheaper than an idle engine.
 
         Raises:
             ConfigError: a request cannot be served, or its id is in use; nothing has been submitted then.
         """
         requests = list(requests)
         check_requests(requests, self.config, (request_id for seat in self._seats for request_id in seat.unfinished))
-        for request in requests:
-            group = request.group if request.group is not None else content_id(str(request.prompt_ids))
+        groups = [request.group if request.group is not None else content_id(str(request.prompt_ids)) for request in requests]
+        moved = self._moved_groups(requests, groups)
+        for request, group in zip(requests, groups, strict=True):
             if group not in self._engine_of_group:
                 self._engine_of_group[group] = min(range(len(self._seats)), key=lambda index: (self._assigned[index], index))
-            seat = self._seats[self._engine_of_group[group]]
+            seat = self._seats[moved[group] if request.movable and group in moved else self._engine_of_group[group]]
             self._assigned[seat.index] += 1
             seat.unsent.append(request)
             seat.unfinished[request.request_id] = request
         self._counts["requests"] += len(requests)
         for seat in self._seats:
             self._feed(seat)
+
+    def _moved_groups(self, requests: list[Request], groups: list[str]) -> dict[str, int]:
+        """Engines of the groups whose movable requests leave their own engine."""
+        loads = [len(seat.unfinished) for seat in self._seats]
+        moved: dict[str, int] = {}
+        for group, count in Counter(group for request, group in zip(requests, groups, strict=True) if request.movable).items():
+            own, idlest = self._engine_of_group.get(group), min(range(len(loads)), key=lambda index: (loads[index], index))
+            if own is not None and loads[own] > loads[idlest] + count:
+                moved[group] = own = idlest
+                self._counts["moved"] += count
+            if own is not None:
+                loads[own] += count
+        return moved
 
     def poll(self) -> list[Completion]:
         """Waits at most a second for an engine to answer; what has finished. For a driver that must look elsewhere between completions."""
@@ -372,8 +387,8 @@ class RolloutPool:
         return self._publisher.publish_weights(self._broadcaster, version)
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start: requests, completed, restarts, resubmitted, prompt_tokens, cached_prompt_tokens, generated_tokens,
-        ``seconds_busy_max`` (of the busiest engine) and ``seconds_busy/engine-<i>``."""
+        """Counters since the start: requests, completed, restarts, resubmitted, moved (to another engine than their group's), prompt_tokens,
+        cached_prompt_tokens, generated_tokens, ``seconds_busy_max`` (of the busiest engine) and ``seconds_busy/engine-<i>``."""
         busy = {f"seconds_busy/{seat.name}": seat.seconds_busy for seat in self._seats}
         return dict(self._counts) | {"seconds_busy_max": max(busy.values())} | busy
 

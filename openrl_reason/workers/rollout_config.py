@@ -119,6 +119,8 @@ class Request:
     """How to sample."""
     group: str | None = None
     """Requests of one group go to one engine, so that they share their prefix in its cache. None: the prompt decides."""
+    movable: bool = False
+    """The engine of its group is a preference: where that one has clearly more to do, the request goes to the idlest."""
     label_ids: tuple[int, ...] = ()
     """Tokens whose log-probs at the first generated position are wanted (at most 128), whatever is sampled there."""
 

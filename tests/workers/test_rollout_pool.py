@@ -111,6 +111,28 @@ def test_every_request_completes_once_and_siblings_share_an_engine(pool):
     assert 0 < stats["seconds_busy_max"] <= stats["seconds_busy/engine-0"] + stats["seconds_busy/engine-1"]
 
 
+def test_movable_requests_leave_an_engine_that_has_clearly_more_to_do_and_stay_together(pool):
+    budget = SamplingConfig(max_new_tokens=8)
+
+    def request(name, group, movable=False):
+        return Request(name, [5, 6, 7], seed=1, sampling=budget, group=group, movable=movable)
+
+    try:
+        pool.submit([request(f"a{index}", "a") for index in range(12)])  # one group, one engine
+        (busy,) = [seat for seat in pool._seats if len(seat.unfinished) == 12]
+        idle = pool._seats[1 - busy.index]
+        pool.submit([request(f"fixed{index}", "a") for index in range(3)])
+        assert len(busy.unfinished) == 15 and not idle.unfinished
+        pool.submit([request(f"moved{index}", "a", movable=True) for index in range(9)])
+        assert len(busy.unfinished) == 15 and set(idle.unfinished) == {f"moved{index}" for index in range(9)}
+        pool.submit([request(f"kept{index}", "a", movable=True) for index in range(9)])  # 15 against 9: the difference is less than these nine
+        assert len(busy.unfinished) == 24
+        completions = by_id(pool.generate())
+        assert len(completions) == 33 and len(set(map(tuple, text(completions).values()))) == 1, "the same seed, the same sample, wherever"
+    finally:
+        pool.abort_all()
+
+
 def test_results_stream_and_branches_start_while_others_generate(pool):
     short = [replace(request, sampling=SamplingConfig(max_new_tokens=1)) for request in make_requests(2, seed=1)]
     # Enough of them to keep the engines busy for many pumps, also on an idle machine.
