@@ -42,10 +42,12 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Written:
     """When a block was written."""
 
+    key: bytes
+    """Under which key the cache had it then."""
     step: int
     """The last step that wrote to it, or may have."""
     before: int
@@ -56,26 +58,29 @@ class BlockIndex:
     """Which blocks have been seen to follow a prefix, by their tokens.
 
     Args:
-        is_cached: tells whether the block with a key is still in the cache.
+        cached_block: number of the block that the cache has under a key; None if it has none any more.
         max_blocks: blocks in the cache; the index forgets the dead when it has grown to twice as many.
     """
 
-    def __init__(self, is_cached: Callable[[bytes], bool], max_blocks: int) -> None:
-        self._is_cached, self._max_entries = is_cached, 2 * max_blocks
+    def __init__(self, cached_block: Callable[[bytes], int | None], max_blocks: int) -> None:
+        self._cached_block, self._max_blocks = cached_block, max_blocks
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         self._followers: dict[bytes, list[tuple[tuple[int, ...], bytes]]] = {}  # sorted, so that the best match has its place
-        self._written: dict[bytes, _Written] = {}
+        self._keys: set[bytes] = set()
+        self._written: dict[int, _Written] = {}  # by block: a key may have several, of which the cache gives the oldest
+        self._next_cleaning = 2 * self._max_blocks
 
-    def add(self, parent: bytes, tokens: tuple[int, ...], key: bytes, *, step: int, before: int) -> None:
-        """Notes that the block ``key`` holds ``tokens`` after the prefix ``parent``; the first ``before`` of them since before ``step``."""
-        if key not in self._written:
-            if len(self._written) >= self._max_entries:
+    def add(self, parent: bytes, tokens: tuple[int, ...], key: bytes, block: int, *, step: int, before: int) -> None:
+        """Notes that ``block``, cached under ``key``, holds ``tokens`` after the prefix ``parent``; ``before`` of them since before ``step``."""
+        if key not in self._keys:
+            if len(self._keys) >= self._next_cleaning:
                 self._forget_dead()
             insort(self._followers.setdefault(parent, []), (tokens, key))
-        self._written[key] = _Written(step, before)
+            self._keys.add(key)
+        self._written[block] = _Written(key, step, before)
 
     def find(self, parent: bytes, target: tuple[int, ...], *, step: int) -> tuple[bytes, int]:
         """The block with the longest beginning in common with ``target`` that was computed before ``step``: key and length (0: none)."""
@@ -90,22 +95,28 @@ class BlockIndex:
                 common = common_length(tokens, target)
                 if common <= best[1]:
                     break
-                if not self._is_cached(key):
+                block = self._cached_block(key)
+                if block is None:
                     dead.append(place)
                     continue
-                written = self._written[key]
-                usable = common if written.step < step else min(common, written.before)
+                usable = self._computed(key, block, common, step)
                 if usable > best[1]:
                     best = (key, usable)
         for place in sorted(dead, reverse=True):
-            del self._written[followers.pop(place)[1]]
+            self._keys.discard(followers.pop(place)[1])
         return best
 
+    def _computed(self, key: bytes, block: int, length: int, step: int) -> int:
+        written = self._written.get(block)
+        if written is None or written.key != key:  # cached behind our back: nothing is known of it
+            return 0
+        return length if written.step < step else min(length, written.before)
+
     def _forget_dead(self) -> None:
-        alive = {parent: [entry for entry in entries if self._is_cached(entry[1])] for parent, entries in self._followers.items()}
-        self._followers = {parent: entries for parent, entries in alive.items() if entries}
-        self._written = {key: self._written[key] for entries in self._followers.values() for _, key in entries}
-        self._max_entries = max(self._max_entries, 2 * len(self._written))
+        alive = {parent: [one for one in followers if self._cached_block(one[1]) is not None] for parent, followers in self._followers.items()}
+        self._followers = {parent: followers for parent, followers in alive.items() if followers}
+        self._keys = {key for followers in self._followers.values() for _, key in followers}
+        self._next_cleaning = max(2 * self._max_blocks, 2 * len(self._keys))
 
 
 class PrefixReuse:
@@ -124,7 +135,7 @@ class PrefixReuse:
         self._pool = self._manager.block_pool
         self._blocks_of = self._manager.coordinator.single_type_managers[GROUP].req_to_blocks
         self._block_size: int = self._pool.hash_block_size
-        self._index = BlockIndex(lambda key: self._pool.cached_block_hash_to_block.get_one_block(key) is not None, self._pool.num_gpu_blocks)
+        self._index = BlockIndex(self._cached_block, self._pool.num_gpu_blocks)
         self._step = 0
         self._starting: dict[str, Any] = {}
         """Requests that were looked up and whose prompt has not been seen computed."""
@@ -177,7 +188,8 @@ class PrefixReuse:
         for number in range(num_cached_blocks, num_full_blocks):
             tokens = tuple(request.all_token_ids[number * size : (number + 1) * size])
             before = min(max(request.num_computed_tokens - number * size, 0), size)  # vLLM moves num_computed_tokens on after scheduling
-            self._index.add(self._parent(request, number), tokens, self._key(request, number), step=self._step, before=before)
+            key, block = self._make_key(request.block_hashes[number], GROUP), blocks[number].block_id
+            self._index.add(self._parent(request, number), tokens, key, block, step=self._step, before=before)
 
     def _get_computed_blocks(self, original: Callable[[Any], tuple[Any, int, int]], request: Any) -> tuple[Any, int, int]:
         blocks, num_tokens, boundary = original(request)
@@ -197,8 +209,9 @@ class PrefixReuse:
 
     # --- what the hooks share ---
 
-    def _key(self, request: Any, number: int) -> bytes:
-        return self._make_key(request.block_hashes[number], GROUP)
+    def _cached_block(self, key: bytes) -> int | None:
+        block = self._pool.cached_block_hash_to_block.get_one_block(key)
+        return None if block is None else block.block_id
 
     def _parent(self, request: Any, number: int) -> bytes:
         return request.block_hashes[number - 1] if number else ROOT
@@ -226,7 +239,7 @@ class PrefixReuse:
             return
         blocks[number].set_block_hash(key, num_tokens=num_computed)
         self._pool.cached_block_hash_to_block.insert(key, blocks[number])
-        self._index.add(parent, tokens, key, step=self._step, before=length)
+        self._index.add(parent, tokens, key, blocks[number].block_id, step=self._step, before=length)
 
 
 def _is_plain(request: Any) -> bool:
