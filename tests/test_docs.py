@@ -286,6 +286,27 @@ def test_a_job_script_starts_a_cluster_with_a_token_and_submits_commands_that_ex
             assert str(gpus) in (job[job.index(flag) + 1] for flag in ("--policy.num_ranks", "--rollout.num_engines") if flag in job)
 
 
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        ("ppo", ["vineppo_base", "ppo_gsm8k"]), ("vineppo", ["vineppo_base", "vineppo_gsm8k"]), ("vineppo", ["vineppo_base", "vineppo_math"]),
+        ("ppo", ["arithmetic_cpu"]), ("vineppo", ["arithmetic_cpu"]),
+    ],
+)  # fmt: skip
+def test_the_settings_files_of_the_examples_are_read_by_their_commands(command, files):
+    from openrl_reason.algorithms.ppo import PPOConfig
+    from openrl_reason.algorithms.vineppo import VinePPOConfig
+
+    paths = [ROOT / "examples/configs" / f"{name}.yaml" for name in files]
+    words = [word for path in paths for word in ("--config", str(path))]
+    config = parse_config({"ppo": PPOConfig, "vineppo": VinePPOConfig}[command], words, prog=command)
+    if len(files) > 1:  # what both published methods share, after both files
+        assert (config.prompts_per_step, config.samples_per_prompt, config.algo.epochs, config.algo.minibatches) == (64, 8, 2, 8)
+        assert config.algo.kl.coef == 1e-4 and config.policy.lr == 1e-6 and config.reward.truncated == 0
+        assert config.task.name in files[1] and config.task.prompt_style == "vineppo" and config.run.steps in (650, 1000)
+    assert {path.name for path in (ROOT / "examples/configs").glob("*.yaml")} >= {path.name for path in paths}
+
+
 def test_start_ray_leaves_a_cluster_that_answers_alone(recorded, tmp_path):
     import socket
 
