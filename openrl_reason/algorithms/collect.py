@@ -124,10 +124,9 @@ class Collector:
             num_left -= 1
             if beside is not None:
                 beside.start(index, trajectory, items[place], requests[index].group)
-            if not num_left:
-                generated = time.perf_counter()
-                self.rewarder.flush()
+            generated = time.perf_counter()
         assert not num_left, "the pool returned fewer completions than requests"
+        self.rewarder.flush()  # the pool is idle: a policy that judges its own responses does so now
         ended = generated
         if beside is not None:
             beside.drain()

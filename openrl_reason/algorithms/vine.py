@@ -134,6 +134,7 @@ class StepValues:
         first, tokens = trajectory.num_prompt_tokens, trajectory.token_ids.tolist()
         # A step that owns no token begins where the next one does, so it has no state of its own.
         owned, starts = np.unique(trajectory.step_ids[trajectory.action_mask], return_index=True)
+        self._counts["steps"] += len(owned)
         last = len(owned) if self.vine.max_steps is None else self.vine.max_steps + 1
         ends = np.cumsum([0, *map(len, steps)])
         places = []
@@ -264,7 +265,8 @@ class StepValues:
         return {
             "credit/rollouts_per_trajectory": len(rollouts) / num_trajectories,
             "credit/rollouts_per_state": len(rollouts) / max(1, len(states)),
-            "credit/steps_per_trajectory": sum(map(len, self._places.values())) / num_trajectories,
+            "credit/steps_per_trajectory": self._counts["steps"] / num_trajectories,
+            "credit/states_per_trajectory": sum(map(len, self._places.values())) / num_trajectories,
             "credit/unique_prefix_share": 1.0 - counts["shared"] / max(1, counts["asked"]),
             "credit/prefix_cache_hit": counts["cached_prompt_tokens"] / max(1, counts["prompt_tokens"]),
             "credit/mc_tokens_per_training_token": counts["generated_tokens"] / max(1, num_actions),

@@ -101,7 +101,8 @@ class BranchCall:
         if not prefix.token_ids or prefix.budget < 0:
             size = f"{len(prefix.token_ids)} tokens and a budget of {prefix.budget}"
             raise ConfigError(f"a prefix has {size}: it needs a token, and no negative budget")
-        key, known = prefix.key, prefix.key in self._asked
+        key = prefix.key
+        known = key in self._asked
         self.counts["asked"] += 1
         self.counts["shared"] += known
         if known and not self.share:
@@ -121,16 +122,17 @@ class BranchCall:
             self.counts["exhausted"] += first == 0
             self._exhausted += [Branch(key, sample, _empty(key, sample)) for sample in range(first, num_samples)]
             return
-        requests = [self._request(prefix, key, sample, budget) for sample in range(first, num_samples)]
+        ids = list(prefix.token_ids)  # one list for all: the requests of a call travel together, and it travels once
+        requests = [self._request(prefix, ids, key, sample, budget) for sample in range(first, num_samples)]
         self.pool.submit(requests)
         self._open |= {request.request_id: (key, sample) for request, sample in zip(requests, range(first, num_samples), strict=True)}
         self.counts["requests"] += len(requests)
         self.counts["prompt_tokens"] += len(requests) * len(prefix.token_ids)
 
-    def _request(self, prefix: Prefix, key: str, sample: int, budget: int) -> Request:
+    def _request(self, prefix: Prefix, ids: list[int], key: str, sample: int, budget: int) -> Request:
         seed = derive_seed(*self._seed, key.partition("+")[0], sample)
         sampling = replace(self.sampling, max_new_tokens=budget)
-        return Request(f"{self._name}/{key}/{sample}", list(prefix.token_ids), seed=seed, sampling=sampling, group=prefix.group, movable=True)
+        return Request(f"{self._name}/{key}/{sample}", ids, seed=seed, sampling=sampling, group=prefix.group, movable=True)
 
     def take(self, completion: Completion) -> Branch | None:
         """The branch that a completion of the pool is; None if it belongs to somebody else."""
