@@ -110,17 +110,12 @@ class VinePPOTrainer(OnlineTrainer):
 def token_credit(trajectory: Trajectory, step_values: list[float], gamma: float) -> tuple[np.ndarray, np.ndarray]:
     """(advantages, values) float32 [T]: of the step that a token belongs to, and of the state before that step.
 
-    A step without tokens has no state of its own; what it earns belongs to the step before it.
+    A step without tokens has no state of its own; what it earns belongs to the step before it, discounted as it is in the rollouts.
     """
     steps_T = trajectory.step_ids[trajectory.action_mask]
-    owned = np.unique(steps_T)
-    rewards = np.zeros(len(owned))
-    np.add.at(rewards, np.searchsorted(owned, np.arange(trajectory.num_steps), side="right").clip(min=1) - 1, trajectory.rewards)
-    own_values = [step_values[step] for step in owned]
-    advantages_S = np.array(vine_step_advantages(own_values, rewards.tolist(), gamma=gamma))
-    index = np.searchsorted(owned, steps_T)
+    advantages_S = np.array(vine_step_advantages(step_values, trajectory.rewards.tolist(), gamma=gamma))
     advantages, values = np.zeros(trajectory.num_tokens, np.float32), np.full(trajectory.num_tokens, np.nan, np.float32)
-    advantages[trajectory.action_mask], values[trajectory.action_mask] = advantages_S[index], np.array(own_values)[index]
+    advantages[trajectory.action_mask], values[trajectory.action_mask] = advantages_S[steps_T], np.array(step_values)[steps_T]
     return advantages, values
 
 
