@@ -30,7 +30,7 @@ from openrl_reason.models.scalar_model import check_scalar_folder
 from openrl_reason.workers.model_config import ScalarModelConfig
 from openrl_reason.workers.placement import Placement, Role
 
-WHITENINGS = ("none", "scale", "full")
+WHITENINGS = ("none", "center", "scale", "full")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PPOAlgoConfig(PolicyUpdateConfig):
     lam: float = 1.0
     """Lambda of generalised advantage estimation: 1 trusts the rewards alone, 0 the critic alone."""
     whiten: str = "full"
-    """Advantages over the whole collection: none, scale (divided by their standard deviation, signs stay) or full (mean 0, deviation 1)."""
+    """Advantages over the whole collection: none, center (mean 0), scale (divided by their standard deviation, signs stay) or full (both)."""
     value_clip: float | None = 0.2
     """Hold the critic's outputs within this distance of what they were when the collection was scored. null: no clip."""
 
@@ -89,7 +89,10 @@ def check_whitening(kind: str) -> None:
 
 def whitened(advantages: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
     """[N] -> [N]: ``advantages`` whitened over the global batch as ``kind`` says; 0 outside ``mask``."""
-    return torch.where(mask, advantages, 0.0) if kind == "none" else whiten(advantages, mask, shift_mean=kind == "full")
+    if kind in ("none", "center"):
+        mean = advantages[mask].mean() if kind == "center" else 0.0
+        return torch.where(mask, advantages - mean, 0.0)
+    return whiten(advantages, mask, shift_mean=kind == "full")
 
 
 @dataclass(frozen=True)
