@@ -274,7 +274,7 @@ def logged_places(group_ids: Sequence[str], limit: int) -> list[int]:
 
 
 def _per_token(trajectory: Trajectory, result: RewardResult, tokenizer: Any, batch: Any, row: int | None) -> dict[str, Any]:
-    """What is known about each response token, and where steps begin when steps were rewarded."""
+    """What is known about each response token, and where its steps begin (where a reward or a credit per step has cut it)."""
     pieces = token_pieces(tokenizer, trajectory.response_ids.tolist(), trajectory.info["response"])
     if pieces is None:
         return {}
@@ -287,9 +287,10 @@ def _per_token(trajectory: Trajectory, result: RewardResult, tokenizer: Any, bat
             data["logprob_ratio"] = known["old_logprobs"] - data["logprob"]
         data |= {short: known[name] for name, short in (("advantages", "advantage"), ("values", "value")) if name in known}
     record = {"tokens": pieces, "token_data": {name: [_rounded(value) for value in values] for name, values in data.items()}}
-    if result.step_scores is not None:
+    if trajectory.num_steps > 1 or result.step_scores is not None:
         steps = trajectory.step_ids[trajectory.action_mask]
         record["step_starts"] = np.flatnonzero(np.diff(steps, prepend=-1)).tolist()
+    if result.step_scores is not None:
         record["step_rewards"] = [_rounded(score) for score in result.step_scores]
     return record
 
