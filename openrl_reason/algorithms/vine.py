@@ -191,15 +191,17 @@ class StepValues:
         while self._settled:
             self._consider(self._settled.popleft())
 
-    def _consider(self, key: str) -> None:
-        """Adaptive K: further rollouts of a state whose rewards are all there and whose interval is still too wide."""
+    def _consider(self, key: str) -> bool:
+        """Adaptive K: asks for further rollouts of a state whose rewards are all there and whose interval is still too wide; whether it did."""
         state = self._states[key]
         complete = len(state.rollouts) == state.num_wanted and all(rollout.future.done() for rollout in state.rollouts.values())
-        if complete and state.num_wanted < self.vine.max_rollouts and self._too_wide(state):
-            state.num_wanted = min(state.num_wanted + self.vine.num_rollouts, self.vine.max_rollouts)
-            self.call.more(key, state.num_wanted)
-            for branch in self.call.take_exhausted():
-                self._grade(branch)
+        if not complete or state.num_wanted >= self.vine.max_rollouts or not self._too_wide(state):
+            return False
+        state.num_wanted = min(state.num_wanted + self.vine.num_rollouts, self.vine.max_rollouts)
+        self.call.more(key, state.num_wanted)
+        for branch in self.call.take_exhausted():
+            self._grade(branch)
+        return True
 
     def _too_wide(self, state: _State) -> bool:
         scores = [result.score for result in state.results() if _counts(result)]
@@ -217,9 +219,7 @@ class StepValues:
             wait([rollout.future for state in self._states.values() for rollout in state.rollouts.values()])
             if self.vine.interval_width is None:
                 return
-            for key in self._states:  # not by the callbacks alone: they may come a moment after the result
-                self._consider(key)
-            if all(len(state.rollouts) == state.num_wanted for state in self._states.values()):
+            if not sum(map(self._consider, self._states)):  # not by the callbacks alone: they may come a moment after the result
                 return
 
     # ---- afterwards ----------------------------------------------------------------------------------------------------------
