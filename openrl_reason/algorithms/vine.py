@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from openrl_reason.algorithms.collect import FAILED
+from openrl_reason.algorithms.collect import FAILED, MAX_REWARD
 from openrl_reason.config import require
 from openrl_reason.core.steps import check_step_kind, split_steps
 from openrl_reason.core.trajectory import StopReason, Trajectory
@@ -253,7 +253,12 @@ class StepValues:
     @property
     def failures(self) -> list[RewardResult]:
         """Results of rollouts whose reward failed."""
-        return [result for state in self._states.values() for result in state.results() if not _counts(result)]
+        return [result for state in self._states.values() for result in state.results() if result.status in FAILED or abs(result.score) > MAX_REWARD]
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts of all states."""
+        return sum(len(state.rollouts) for state in self._states.values())
 
     def metrics(self, num_actions: int) -> dict[str, float]:
         """``credit/...``; ``num_actions``: response tokens of the collection."""
@@ -298,7 +303,8 @@ def rollout_return(result: RewardResult, step_ends: np.ndarray, offset: int, ear
 
 
 def _counts(result: RewardResult) -> bool:
-    return result.status not in FAILED and math.isfinite(result.score)
+    """Whether it is a reward that a trajectory would train with (a failure may have a worth, and an answer that is missing none)."""
+    return abs(result.score) <= MAX_REWARD  # not of NaN
 
 
 def _mean(values: Sequence[float]) -> float:

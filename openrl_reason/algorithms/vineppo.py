@@ -87,7 +87,7 @@ class VinePPOTrainer(OnlineTrainer):
         """Advantages [N] of the whole collection: each token has that of its step."""
         started, algo, step_values = time.perf_counter(), self.config.algo, rollouts.beside
         rate = self.config.reward.max_failed_rate
-        check_failure_rate(step_values.failures, step_values.call.counts["requests"], rate, what="rewards of rollouts")
+        check_failure_rate(step_values.failures, step_values.num_rollouts, rate, what="rewards of rollouts")
         batch, metrics = self.scored_batch(rollouts)
         returns = np.array([_discounted(t, algo.gamma) for t in rollouts.trajectories])
         returns[~np.isfinite(rollouts.rewards)] = math.nan
