@@ -174,18 +174,35 @@ class StepValues:
         self._more_where_needed()
 
     def _grade(self, branch: Branch) -> None:
-        state, completion = self._states[branch.key], branch.completion
-        ids = [*state.response_ids, *completion.token_ids]
-        response = self.tokenizer.decode(ids, skip_special_tokens=True)
+        state = self._states[branch.key]
+        ids, stop_reason = self._stopped(state.response_ids, branch.completion)
+        response = self._decode(ids)
         steps = tuple(split_steps(response, self.step_kind))
         sample = RewardSample(
-            prompt=state.prompt, response=response, item=state.item, num_tokens=len(ids), stop_reason=str(completion.stop_reason), steps=steps
+            prompt=state.prompt, response=response, item=state.item, num_tokens=len(ids), stop_reason=str(stop_reason), steps=steps
         )
         future = self.rewarder.submit(sample)
         ends = np.cumsum([len(step) for step in steps] or [0])
-        state.rollouts[branch.sample] = _Rollout(future, ends, completion.stop_reason == StopReason.LENGTH)
+        state.rollouts[branch.sample] = _Rollout(future, ends, stop_reason == StopReason.LENGTH)
         if self.vine.interval_width is not None:
             future.add_done_callback(lambda _: self._settled.append(branch.key))
+
+    def _stopped(self, prefix_ids: list[int], completion: Completion) -> tuple[list[int], StopReason]:
+        """The tokens of a rollout's response and why it ended. An engine looks for stop strings in what it writes: one that the prefix began
+        (a trajectory that ended by it may have a step boundary in it) it does not see, and writes on."""
+        ids, stops = [*prefix_ids, *completion.token_ids], self.call.sampling.stop
+        if not stops:
+            return ids, completion.stop_reason
+        text, start = self._decode(ids), len(self._decode(prefix_ids))
+        begun = [(text.find(stop, max(0, start - len(stop) + 1)), stop) for stop in stops]
+        ends = [place + len(stop) for place, stop in begun if 0 <= place < start]
+        if not ends:
+            return ids, completion.stop_reason
+        count = next(count for count in range(len(prefix_ids), len(ids) + 1) if len(self._decode(ids[:count])) >= min(ends))
+        return ids[:count], StopReason.STOP_STRING
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _more_where_needed(self) -> None:
         while self._settled:
