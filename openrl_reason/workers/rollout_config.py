@@ -64,7 +64,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory that an engine may use for weights, activations and KV cache."""
     block_size: int = 32
-    """Tokens per KV block: prefixes are shared in units of this. On CPUs a multiple of 32."""
+    """Tokens per KV block. On CPUs a multiple of 32."""
     enforce_eager: bool = True
     """No CUDA graphs and no compilation: starts faster; on a GPU, false generates faster."""
     prefix_caching: bool = True
