@@ -40,6 +40,18 @@ def _vineppo(argv: Sequence[str], prog: str) -> None:
     VinePPOTrainer(parse_config(VinePPOConfig, argv, prog=prog)).fit()
 
 
+def _restem(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.restem import RestEMConfig, RestEMTrainer
+
+    RestEMTrainer(parse_config(RestEMConfig, argv, prog=prog)).fit()
+
+
+def _dpo(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.dpo import DPOConfig, DPOTrainer
+
+    DPOTrainer(parse_config(DPOConfig, argv, prog=prog)).fit()
+
+
 def _evaluate(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 
@@ -93,6 +105,8 @@ COMMANDS = {
     "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy", _RESUMES),
     "ppo": Command(_ppo, "PPO with a learned critic", _RESUMES),
     "vineppo": Command(_vineppo, "VinePPO: PPO whose values are Monte-Carlo rollouts from every reasoning step, without a critic", _RESUMES),
+    "restem": Command(_restem, "RestEM, rejection sampling: fine-tuning on the policy's own right responses", _RESUMES),
+    "dpo": Command(_dpo, "DPO, DPO-Positive, IPO on preference pairs: from a file, rewarded samples, or sampled first", _RESUMES),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),

@@ -162,8 +162,10 @@ def check_python(text: str) -> None:
 
 
 def config_classes() -> list[type]:
+    from openrl_reason.algorithms.dpo import DPOConfig
     from openrl_reason.algorithms.ppo import PPOConfig
     from openrl_reason.algorithms.reinforce import ReinforceConfig
+    from openrl_reason.algorithms.restem import RestEMConfig
     from openrl_reason.algorithms.sft import SFTConfig
     from openrl_reason.algorithms.vineppo import VinePPOConfig
     from openrl_reason.evaluation.compare import CompareConfig
@@ -172,7 +174,8 @@ def config_classes() -> list[type]:
     from openrl_reason.models.make import MakeModelConfig
     from openrl_reason.observe.report import ReportConfig
 
-    return [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, EvaluateConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig]
+    return [*training, EvaluateConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:

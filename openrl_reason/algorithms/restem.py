@@ -44,6 +44,7 @@ from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import CheckpointError, DataError, WorkerError
 from openrl_reason.evaluation.sets import EvalSet, Evaluator, refuse_overlap, training_sets
+from openrl_reason.observe.run_log import read_records
 from openrl_reason.rewards.build import build_rewarder, check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, TaskItem, load_task
@@ -97,15 +98,14 @@ class RestEMTrainer(Trainer):
     def expectation(self) -> list[Trajectory]:
         """E: the right responses of the best model so far, from disk as far as they are there. Empty, and the run over, if there are none."""
         config, progress = self.config, self.progress
-        blocks = self._blocks()
+        started, blocks = time.perf_counter(), self._blocks()
         blocks.begin(keep=self.run.resume)
-        seconds: dict[str, float] = {}
         if blocks.missing:
             if progress.step:
                 raise CheckpointError(f"the samples that iteration {progress.iteration} was training on are gone from {blocks.folder}")
             self._load(progress.best)
             self._sync(progress.best_version)
-            seconds = blocks.sample(self.collector, config.reward.max_failed_rate, self.log.say)
+            blocks.sample(self.collector, config.reward.max_failed_rate, self.log.say)
         rollouts = blocks.read()
         kept, counts = keep_right(
             rollouts.trajectories, threshold=config.threshold, max_per_prompt=config.max_per_prompt, choice=config.choice, dedup=config.dedup,
@@ -114,7 +114,7 @@ class RestEMTrainer(Trainer):
         shown = ", ".join(f"{name.removeprefix('restem/').replace('_', ' ')} {count:g}" for name, count in counts.items())
         self.log.say(f"iteration {progress.iteration}, E: {shown}")
         if not progress.step:
-            self._expectation_metrics = rollouts.metrics | counts | seconds
+            self._expectation_metrics = rollouts.metrics | counts | {"timing/expectation": time.perf_counter() - started}
             tokenizer = self.tokenizer if self.run.log_rollout_tokens else None
             self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts, tokenizer=tokenizer))
         if not kept:
@@ -185,9 +185,15 @@ class RestEMTrainer(Trainer):
         """Exports the best model, evaluates it on the test sets, writes curves and report."""
         self.log.say(f"{self.progress.outcome}; the best model is {self.progress.best}")
         self._load(self.progress.best)
-        if self.run.eval_at_end and self.test_sets:
+        if self.run.eval_at_end and self.test_sets and not self._was_tested():
             self.log.evaluation(self.done, self._evaluate_sets(self.test_sets))
         self.finish()
+
+    def _was_tested(self) -> bool:
+        """Whether a run that is resumed after its end has evaluated the chosen model already."""
+        records = read_records(self.folder / "metrics.jsonl")
+        name = f"eval/{self.test_sets[0].name}/pass@1"
+        return any(record["event"] == "eval" and record["step"] == self.done and name in record for record in records)
 
     def evaluate(self) -> dict[str, float]:
         """The present weights on the validation questions and the test sets."""

@@ -71,9 +71,8 @@ class SampleBlocks:
         """Numbers of the blocks that are not there yet."""
         return [number for number, file in enumerate(self.files) if not file.exists()]
 
-    def sample(self, collector: Collector, max_failed_rate: float, say: Callable[[str], None] = print) -> dict[str, float]:
-        """Generates and rewards the missing blocks. Returns the wall seconds by part."""
-        seconds: dict[str, float] = {}
+    def sample(self, collector: Collector, max_failed_rate: float, say: Callable[[str], None] = print) -> None:
+        """Generates and rewards the missing blocks. Raises WorkerError if more than that share of a block's rewards failed."""
         for number in self.missing:
             started = time.perf_counter()
             items = self.items[number * self.items_per_block : (number + 1) * self.items_per_block]
@@ -83,13 +82,9 @@ class SampleBlocks:
                 trajectory.info |= _reward_info(result)
             with naming_disk_errors(self.files[number]):
                 write_jsonl(self.files[number], rollouts.trajectories)
-            for name, value in rollouts.metrics.items():
-                if name.startswith("timing/"):
-                    seconds[name] = seconds.get(name, 0.0) + value
             right = float(np.nanmean(rollouts.rewards)) if np.isfinite(rollouts.rewards).any() else float("nan")
             taken = time.perf_counter() - started
             say(f"block {number + 1}/{len(self.files)}: {len(rollouts.trajectories)} samples, mean reward {right:.3g}, {taken:.1f} s")
-        return seconds
 
     def read(self) -> Rollouts:
         """All samples, prompt-major, with ``rollout_metrics`` of them. Raises DataError naming a file and line that does not read."""

@@ -181,7 +181,7 @@ def has_reward(trajectory: Trajectory) -> bool:
 
 def reaches(trajectory: Trajectory, threshold: float) -> bool:
     """Whether the reward is at least ``threshold``, both as float32, which rewards are."""
-    return np.float32(trajectory.reward) >= np.float32(threshold)
+    return bool(np.float32(trajectory.reward) >= np.float32(threshold))
 
 
 def response_key(trajectory: Trajectory) -> bytes:

@@ -174,8 +174,7 @@ class ScriptedCollector:
                 trajectories.append(sample(item.task_id, [2, place, number], np.nan_to_num(reward), index=number, **info))
                 results.append(RewardResult(reward, status, "1", "late" if status == "timeout" else "", None, {"task": reward}))
         rewards = np.array([result.score for result in results])
-        metrics = {"timing/generate": 1.0}
-        return SimpleNamespace(trajectories=trajectories, results=results, rewards=rewards, statuses=[r.status for r in results], metrics=metrics)
+        return SimpleNamespace(trajectories=trajectories, results=results, rewards=rewards, statuses=[r.status for r in results])
 
 
 def blocks(folder, num_items=7, **changes):
@@ -186,7 +185,8 @@ def blocks(folder, num_items=7, **changes):
 def test_a_killed_collection_goes_on_from_its_complete_blocks_and_reads_back_as_the_straight_one(tmp_path, capsys):
     straight, killed = blocks(tmp_path / "straight"), blocks(tmp_path / "killed")
     straight.begin(keep=False)
-    assert straight.sample(ScriptedCollector(), 1.0) == {"timing/generate": 3.0} and not straight.missing
+    straight.sample(ScriptedCollector(), 1.0)
+    assert not straight.missing
     killed.begin(keep=False)
     with pytest.raises(KeyboardInterrupt):
         killed.sample(ScriptedCollector(fail_at=2), 1.0)

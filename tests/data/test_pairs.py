@@ -47,7 +47,7 @@ def test_everything_that_is_no_pair_is_counted(dedup):
     sides = ("paired", "all_accepted", "all_rejected", "no_samples_left")
     assert counts["questions"] == sum(counts[f"questions_{side}"] for side in sides) >= 40
     assert counts["possible_pairs"] == counts["pairs"] + counts["pairs_not_drawn"] and counts["pairs_not_drawn"]
-    assert counts["pairs"] == len(data.pairs)
+    assert counts["pairs"] == len(data.pairs) and json.loads(json.dumps(counts)) == counts
 
 
 def test_pairs_join_an_accepted_with_a_rejected_response_to_the_same_prompt_and_none_comes_twice():
