@@ -19,7 +19,7 @@ openrl-reason ppo \
     --policy.path "$model" \
     --critic.dtype float32 \
     --critic.num_ranks 2 \
-    --critic.lr 3e-4 \
+    --critic.lr 1e-3 \
     --critic.schedule constant \
     --critic.warmup_steps 2 \
     "${@:3}"
