@@ -1,5 +1,6 @@
 """DPO on pairs: the gradient is the batch's, however it is cut; lambda 0 is DPO; nothing is lost between pairs and steps."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -236,3 +237,55 @@ def test_a_batch_knows_the_reference_of_each_side():
     batch = pair_batch(pairs, reference)
     assert batch.sequences["ref_logprobs"].tolist() == [0.0, 1.0, 2.0, 3.0]
     assert batch.lengths.tolist() == [side.num_tokens for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+
+def test_sampling_closes_its_engines_and_a_resumed_run_starts_none(tmp_path, monkeypatch):
+    from openrl_reason.algorithms import dpo
+    from openrl_reason.algorithms.trainer import RunConfig
+    from openrl_reason.models.make import MakeModelConfig, make
+    from openrl_reason.rewards.base import RewardResult
+    from openrl_reason.tasks.base import TaskConfig
+    from openrl_reason.workers import rollout
+
+    events = []
+
+    class Pool:
+        def __init__(self, *args, **kwargs):
+            events.append("engines start")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            events.append("engines end")
+
+    class Collector:
+        def __init__(self, *args):
+            pass
+
+        def collect(self, items, *, num_samples, sampling, seed):
+            samples = []
+            for item, number in itertools.product(items, range(num_samples)):
+                about = dict(task_id=item.task_id, group_id=item.task_id, sample_index=number, info={"grade_status": "ok", "parsed": None})
+                samples.append(Trajectory.from_completion([5], [9, number], None, reward=number % 2, **about))
+            results = [RewardResult(t.reward) for t in samples]
+            return SimpleNamespace(trajectories=samples, results=results, rewards=np.array([r.score for r in results]), statuses=["ok"])
+
+    monkeypatch.setattr(rollout, "RolloutPool", Pool)
+    monkeypatch.setattr(dpo, "Collector", Collector)
+    make(MakeModelConfig(output=str(tmp_path / "model")))
+
+    def sampled(resume):
+        config = DPOConfig(
+            run=RunConfig(output_dir=str(tmp_path / "run"), steps=1000, resume=resume), sample=True, samples_per_prompt=4, eval_fraction=0.0,
+            policy=TrainedModelConfig(path=str(tmp_path / "model")), task=TaskConfig(num_train=10, num_test=2), batch_size=8, epochs=2,
+        )  # fmt: skip
+        trainer = DPOTrainer(config)
+        trainer.prepare()
+        trainer.sample_pairs(placement=None)
+        return trainer
+
+    first, second = sampled(resume=False), sampled(resume=True)
+    assert events == ["engines start", "engines end"]
+    assert [pair.pair_id for pair in first.train_pairs] == [pair.pair_id for pair in second.train_pairs] and len(first.train_pairs) == 40
+    assert first.run.steps == 10

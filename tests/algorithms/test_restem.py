@@ -283,3 +283,11 @@ def test_if_nothing_is_right_in_the_first_iteration_the_error_says_what_was_seen
     trainer.run = trainer.run.__class__(**vars(trainer.run) | {"log_rollouts": 0})
     with pytest.raises(DataError, match=r"none of 28 responses is kept at --threshold 2.*wrong 26, ungraded 2.*highest reward is 1"):
         trainer.expectation()
+
+
+def test_an_iteration_in_training_whose_samples_are_gone_is_not_sampled_again(tmp_path):
+    trainer = prepared(tmp_path, validation_items=4)
+    trainer._blocks = lambda: blocks(tmp_path / "samples")
+    trainer.progress.step = 3
+    with pytest.raises(CheckpointError, match="samples that iteration 0 was training on are gone"):
+        trainer.expectation()
