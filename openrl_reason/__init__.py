@@ -26,6 +26,8 @@ _PUBLIC = {
     "DPOTrainer": "algorithms.dpo",
     "EvaluateConfig": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate",
+    "AnalyzeValuesConfig": "evaluation.analyze_values",
+    "analyze_values": "evaluation.analyze_values",
     "Task": "tasks.base",
     "TaskItem": "tasks.base",
     "load_task": "tasks.base",

@@ -58,6 +58,12 @@ def _evaluate(argv: Sequence[str], prog: str) -> None:
     evaluate_model(parse_config(EvaluateConfig, argv, prog=prog))
 
 
+def _analyze_values(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.evaluation.analyze_values import AnalyzeValuesConfig, analyze_values
+
+    analyze_values(parse_config(AnalyzeValuesConfig, argv, prog=prog))
+
+
 def _compare(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.compare import CompareConfig, compare_files
 
@@ -108,6 +114,7 @@ COMMANDS = {
     "restem": Command(_restem, "RestEM, rejection sampling: fine-tuning on the policy's own right responses", _RESUMES),
     "dpo": Command(_dpo, "DPO, DPO-Positive, IPO on preference pairs: from a file, rewarded samples, or sampled first", _RESUMES),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
+    "analyze-values": Command(_analyze_values, "how accurate critics and Monte-Carlo values of states between steps are, against many rollouts"),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
@@ -116,7 +123,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of ``openrl-reason --help``."""
-    lines = [f"  {name:12s} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:14s} {command.summary}" for name, command in COMMANDS.items()]
     return (
         "usage: openrl-reason <command> [--config FILE.yaml] [--group.setting VALUE ...]\n\ncommands:\n"
         + "\n".join(lines)

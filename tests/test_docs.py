@@ -168,6 +168,7 @@ def config_classes() -> list[type]:
     from openrl_reason.algorithms.restem import RestEMConfig
     from openrl_reason.algorithms.sft import SFTConfig
     from openrl_reason.algorithms.vineppo import VinePPOConfig
+    from openrl_reason.evaluation.analyze_values import AnalyzeValuesConfig
     from openrl_reason.evaluation.compare import CompareConfig
     from openrl_reason.evaluation.evaluate import EvaluateConfig
     from openrl_reason.models.export_checkpoint import ExportConfig
@@ -175,7 +176,7 @@ def config_classes() -> list[type]:
     from openrl_reason.observe.report import ReportConfig
 
     training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig]
-    return [*training, EvaluateConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    return [*training, EvaluateConfig, AnalyzeValuesConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:
