@@ -37,7 +37,7 @@ class VinePPOAlgoConfig(PolicyUpdateConfig):
     gamma: float = 1.0
     """Discount per step, at most 1."""
     whiten: str = "full"
-    """Advantages over the whole collection: none, scale (divided by their standard deviation, signs stay) or full (mean 0, deviation 1)."""
+    """Advantages over the whole collection: none, center (mean 0), scale (divided by their standard deviation, signs stay) or full (both)."""
 
 
 @dataclass(frozen=True)
