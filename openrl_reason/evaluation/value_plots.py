@@ -97,8 +97,8 @@ def _calibration(study: ValueStudy, summary: Mapping[str, Any], path: Path) -> N
         x, y = [row["prediction"] for row in rows], [row["truth"] for row in rows]
         label = f"{name} (error {found['calibration']['error']:.3f})"
         axis.plot(x, y, color=colour, linewidth=1.3, label=label)
-        axis.scatter(x, y, s=[12 + 3 * row["num_states"] ** 0.5 * 4 for row in rows], color=colour, alpha=0.6, linewidths=0)
-    axis.set_xlabel("mean prediction (area: states)", fontsize=8)
+        axis.scatter(x, y, s=[12 + 12 * row["num_states"] ** 0.5 for row in rows], color=colour, alpha=0.6, linewidths=0)
+    axis.set_xlabel("mean prediction (larger: more states)", fontsize=8)
     axis.set_ylabel("mean true value", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)

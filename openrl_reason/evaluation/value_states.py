@@ -7,6 +7,7 @@ drawn for, the prefix and its number: rollouts of two purposes (the truth and an
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.branching import Branch, BranchCall, Prefix, TakesRequests
 from openrl_reason.workers.rollout_config import SamplingConfig
+
+PROGRESS_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,11 @@ class StateRollouts:
         for state in states:
             call.ask(state.prefix, num_rollouts)
         yield from call.take_exhausted()
-        for completion in self.pool.generate():
+        told = time.monotonic()
+        for number, completion in enumerate(self.pool.generate(), start=1):
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                print(f"{purpose}: {number} of {call.counts['requests']} rollouts", flush=True)
             found = call.take(completion)
             if found is not None:
                 yield found
