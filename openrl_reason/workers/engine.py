@@ -116,7 +116,7 @@ class RolloutEngine:
         """
         if self._version is None:
             raise WorkerError("this engine has no usable weights: the last load_weights failed")
-        check_requests(new_requests, self.config, self._unfinished)
+        check_requests(new_requests, self.config, [self._unfinished])
         if not self._has_tokenizer and any(request.sampling.stop for request in new_requests):
             raise ConfigError(f"requests have stop strings, but {self.model_path} has no tokenizer to find them with")
         for request in new_requests:

@@ -154,7 +154,7 @@ class RolloutPool:
             ConfigError: a request cannot be served, or its id is in use; nothing has been submitted then.
         """
         requests = list(requests)
-        check_requests(requests, self.config, (request_id for seat in self._seats for request_id in seat.unfinished))
+        check_requests(requests, self.config, [seat.unfinished for seat in self._seats])
         groups = [request.group if request.group is not None else content_id(str(request.prompt_ids)) for request in requests]
         moved = self._moved_groups(requests, groups)
         for request, group in zip(requests, groups, strict=True):

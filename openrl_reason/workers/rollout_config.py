@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -147,17 +147,17 @@ class Completion:
     """Log-probability of each of the request's ``label_ids`` under the model's whole distribution at the first generated position."""
 
 
-def check_requests(requests: Iterable[Request], config: RolloutConfig, ids_in_use: Iterable[str]) -> None:
-    """Refuses requests that no engine could serve.
+def check_requests(requests: Iterable[Request], config: RolloutConfig, in_use: Sequence[Container[str]]) -> None:
+    """Refuses requests that no engine could serve. ``in_use``: where ids are looked for that are taken, without going through them all.
 
     Raises:
         ConfigError: a prompt is empty, prompt plus completion do not fit ``max_model_len``, labels cannot be scored, or an id is not unique.
     """
-    taken = set(ids_in_use)
+    taken: set[str] = set()
     for request in requests:
         _check_length(request, config)
         _check_labels(request)
-        if request.request_id in taken:
+        if request.request_id in taken or any(request.request_id in ids for ids in in_use):
             raise ConfigError(f"request id {request.request_id!r} is in use: ids must be unique among unfinished requests")
         taken.add(request.request_id)
 
