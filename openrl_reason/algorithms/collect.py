@@ -199,6 +199,29 @@ class Collector:
         return result
 
 
+def continued_sample(
+    prefix_ids: Sequence[int], completion: Completion, *, prompt: str, item: TaskItem, tokenizer: Any, step_kind: Any, stop: Sequence[str]
+) -> RewardSample:
+    """The response that a branch makes of a prefix of response tokens, as a reward source sees it."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    ids, stop_reason = [*prefix_ids, *completion.token_ids], completion.stop_reason
+    # An engine looks for stop strings in what it writes: one that the prefix began (a trajectory that ended by it may have a step boundary in it) it
+    # does not see, and writes on.
+    text, start = decode(ids), len(decode(prefix_ids)) if stop else 0
+    begun = [(text.find(string, max(0, start - len(string) + 1)), string) for string in stop]
+    ends = [place + len(string) for place, string in begun if 0 <= place < start]
+    if ends:
+        count = next(count for count in range(len(prefix_ids), len(ids) + 1) if len(decode(ids[:count])) >= min(ends))
+        ids, stop_reason = ids[:count], StopReason.STOP_STRING
+        text = decode(ids)
+    return RewardSample(
+        prompt=prompt, response=text, item=item, num_tokens=len(ids), stop_reason=str(stop_reason), steps=tuple(split_steps(text, step_kind))
+    )
+
+
 def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:
     """Rewards, lengths, groups and failures of a collection, under the field's names."""
     rewards, trajectories = rollouts.rewards, rollouts.trajectories

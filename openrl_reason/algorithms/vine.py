@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from openrl_reason.algorithms.collect import FAILED, MAX_REWARD
+from openrl_reason.algorithms.collect import FAILED, MAX_REWARD, continued_sample
 from openrl_reason.config import require
 from openrl_reason.core.steps import check_step_kind, split_steps
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.token_text import token_pieces, token_steps
 from openrl_reason.errors import ConfigError
 from openrl_reason.evaluation.intervals import wilson
-from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
+from openrl_reason.rewards.base import Rewarder, RewardResult
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.branching import Branch, BranchCall, Prefix
 from openrl_reason.workers.rollout_config import Completion
@@ -79,7 +79,6 @@ class _Rollout:
 class _State:
     """A distinct prefix and what was sampled from it."""
 
-    prefix: Prefix
     response_ids: list[int]
     item: TaskItem
     prompt: str
@@ -161,7 +160,7 @@ class StepValues:
     def _ask(self, prefix: Prefix, response_ids: list[int], item: TaskItem, prompt: str) -> str:
         key = self.call.ask(prefix, self.vine.num_rollouts)
         if key not in self._states:
-            self._states[key] = _State(prefix, response_ids, item, prompt, self.vine.num_rollouts)
+            self._states[key] = _State(response_ids, item, prompt, self.vine.num_rollouts)
         for branch in self.call.take_exhausted():
             self._grade(branch)
         return key
@@ -175,34 +174,15 @@ class StepValues:
 
     def _grade(self, branch: Branch) -> None:
         state = self._states[branch.key]
-        ids, stop_reason = self._stopped(state.response_ids, branch.completion)
-        response = self._decode(ids)
-        steps = tuple(split_steps(response, self.step_kind))
-        sample = RewardSample(
-            prompt=state.prompt, response=response, item=state.item, num_tokens=len(ids), stop_reason=str(stop_reason), steps=steps
-        )
+        sample = continued_sample(
+            state.response_ids, branch.completion, prompt=state.prompt, item=state.item, tokenizer=self.tokenizer, step_kind=self.step_kind,
+            stop=self.call.sampling.stop,
+        )  # fmt: skip
         future = self.rewarder.submit(sample)
-        ends = np.cumsum([len(step) for step in steps] or [0])
-        state.rollouts[branch.sample] = _Rollout(future, ends, stop_reason == StopReason.LENGTH)
+        ends = np.cumsum([len(step) for step in sample.steps] or [0])
+        state.rollouts[branch.sample] = _Rollout(future, ends, sample.stop_reason == StopReason.LENGTH)
         if self.vine.interval_width is not None:
             future.add_done_callback(lambda _: self._settled.append(branch.key))
-
-    def _stopped(self, prefix_ids: list[int], completion: Completion) -> tuple[list[int], StopReason]:
-        """The tokens of a rollout's response and why it ended. An engine looks for stop strings in what it writes: one that the prefix began
-        (a trajectory that ended by it may have a step boundary in it) it does not see, and writes on."""
-        ids, stops = [*prefix_ids, *completion.token_ids], self.call.sampling.stop
-        if not stops:
-            return ids, completion.stop_reason
-        text, start = self._decode(ids), len(self._decode(prefix_ids))
-        begun = [(text.find(stop, max(0, start - len(stop) + 1)), stop) for stop in stops]
-        ends = [place + len(stop) for place, stop in begun if 0 <= place < start]
-        if not ends:
-            return ids, completion.stop_reason
-        count = next(count for count in range(len(prefix_ids), len(ids) + 1) if len(self._decode(ids[:count])) >= min(ends))
-        return ids[:count], StopReason.STOP_STRING
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _more_where_needed(self) -> None:
         while self._settled:

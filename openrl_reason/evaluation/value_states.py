@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from openrl_reason.algorithms.collect import FAILED, Rollouts
+from openrl_reason.algorithms.collect import FAILED, Rollouts, continued_sample
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.steps import split_steps
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.token_text import token_pieces, token_steps
 from openrl_reason.evaluation.value_accuracy import position_bins
-from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
+from openrl_reason.rewards.base import Rewarder, RewardResult
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.branching import Branch, BranchCall, Prefix, TakesRequests
 from openrl_reason.workers.rollout_config import SamplingConfig
@@ -148,9 +148,14 @@ class StateRollouts:
             by_key.setdefault(key, state)
         pending: dict[str, dict[int, Future[RewardResult]]] = {key: {} for key in by_key}
         for branch in self._branches(states, num_rollouts, purpose):
+            state = by_key[branch.key]
+            sample = continued_sample(
+                state.response_ids, branch.completion, prompt=state.prompt, item=state.item, tokenizer=self.tokenizer, step_kind=self.step_kind,
+                stop=self.sampling.stop,
+            )  # fmt: skip
             self.counts["rollouts"] += 1
-            self.counts["truncated"] += branch.completion.stop_reason == StopReason.LENGTH
-            pending[branch.key][branch.sample] = self.rewarder.submit(self._reward_sample(by_key[branch.key], branch))
+            self.counts["truncated"] += sample.stop_reason == StopReason.LENGTH
+            pending[branch.key][branch.sample] = self.rewarder.submit(sample)
         self.rewarder.flush()
         found = {key: np.array([self._score(futures[sample].result()) for sample in range(num_rollouts)]) for key, futures in pending.items()}
         return [found[key] for key in keys]
@@ -180,14 +185,6 @@ class StateRollouts:
                 yield found
         assert not call.num_open, "the pool returned fewer completions than requests"
         self.counts["generated_tokens"] += call.counts["generated_tokens"]
-
-    def _reward_sample(self, state: State, branch: Branch) -> RewardSample:
-        ids = [*state.response_ids, *branch.completion.token_ids]
-        response = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return RewardSample(
-            prompt=state.prompt, response=response, item=state.item, num_tokens=len(ids), stop_reason=str(branch.completion.stop_reason),
-            steps=tuple(split_steps(response, self.step_kind)),
-        )  # fmt: skip
 
     def _score(self, result: RewardResult) -> float:
         if result.status in FAILED:
