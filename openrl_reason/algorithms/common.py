@@ -142,7 +142,7 @@ def describe_model(config: ModelConfig) -> str:
     )
 
 
-def estimate_memory(policy: TrainedModelConfig, *, engines: Any = None, reference: Any = None) -> str:
+def estimate_memory(policy: TrainedModelConfig, *, name: str = "policy", engines: Any = None, reference: Any = None) -> str:
     """Bytes of weights, gradients and Adam states over all actors (activations and KV cache come on top)."""
     count = count_parameters(policy.path)
     if not count:
@@ -153,7 +153,7 @@ def estimate_memory(policy: TrainedModelConfig, *, engines: Any = None, referenc
     gradients = count * 4 * (1 if policy.zero_stage >= 2 else ranks)
     master = 0 if policy.dtype == "float32" and policy.zero_stage == 0 else 4
     optimizer = count * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
-    parts = [("policy", weights + gradients + optimizer)]
+    parts = [(name, weights + gradients + optimizer)]
     if engines is not None:
         parts.append(("engines", engines.num_engines * count * width[engines.dtype]))
     if reference is not None:

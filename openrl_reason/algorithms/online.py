@@ -242,7 +242,7 @@ class OnlineTrainer(Trainer):
             ("algorithm", f"{self.describe()}, {self._reduction} reduction, KL {algo.kl.where}, gamma {algo.gamma:g}"),
             ("rollouts of a step", f"{prompts} prompts x {samples} samples = {responses} responses of <= {budget} tokens"),
             ("reward", "a Python function" if self._reward_function else describe_rewards(config.reward)),
-            ("optimiser steps", f"{cut} = {updates} of each step; {self.run.steps * updates} in all"),
+            ("optimiser steps", f"{cut} = {updates} of each step; {self.policy_updates} in all"),
             ("policy", describe_model(config.policy)),
             ("engines", f"{engines.num_engines} x {engines.dtype}, tensor parallel {engines.tensor_parallel}, context {engines.max_model_len}"),
             ("memory of the weights", estimate_memory(config.policy, engines=engines, reference=reference)),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from openrl_reason.algorithms.collect import Rollouts
-from openrl_reason.algorithms.common import describe_model, local_path, update_metrics
+from openrl_reason.algorithms.common import describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.online import OnlineTrainer
 from openrl_reason.algorithms.online_config import OnlineConfig, PolicyUpdateConfig
 from openrl_reason.algorithms.trainer import RunConfig
@@ -132,7 +132,7 @@ class PPOTrainer(OnlineTrainer):
             rewards = rewards - self.kl.coefficient * kl
             metrics["train/kl"] = float(kl.sum() / batch.num_actions)
         advantages, returns = gae(rewards, values, mask, batch.cu_seqlens, gamma=algo.gamma, lam=algo.lam)
-        metrics |= value_metrics(values[mask], returns[mask]) | {"train/return": float(returns[mask].mean())}
+        metrics |= value_metrics(values[mask], returns[mask]) | advantage_metrics(advantages[mask])
         batch = batch.with_tokens(advantages=whitened(advantages, mask, algo.whiten), returns=returns, values=values)
         metrics["timing/credit"] = time.perf_counter() - started
         return batch, metrics
@@ -171,7 +171,8 @@ class PPOTrainer(OnlineTrainer):
     def plan(self) -> list[tuple[str, str]]:
         critic = self.critic_config()
         warmup = f"; alone for the first {critic.warmup_steps} steps" if critic.warmup_steps else ""
-        return [*super().plan(), ("critic", describe_model(critic) + warmup)]
+        memory = ("memory of the critic's weights", estimate_memory(critic, name="critic"))
+        return [*super().plan(), ("critic", describe_model(critic) + warmup), memory]
 
     def critic_config(self) -> CriticConfig:
         """The critic's settings with its path resolved."""
@@ -230,6 +231,11 @@ class PPOTrainer(OnlineTrainer):
         self._models_turn()
         action()
         self._engines_turn()
+
+
+def advantage_metrics(advantages: torch.Tensor) -> dict[str, float]:
+    """Of the action tokens [n], before whitening."""
+    return {"train/advantage_mean": float(advantages.mean()), "train/advantage_std": float(advantages.std(unbiased=False))}
 
 
 def value_metrics(values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:

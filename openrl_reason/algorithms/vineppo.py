@@ -20,7 +20,7 @@ import torch
 from openrl_reason.algorithms.collect import Rollouts, check_failure_rate
 from openrl_reason.algorithms.online import OnlineTrainer
 from openrl_reason.algorithms.online_config import OnlineConfig, PolicyUpdateConfig
-from openrl_reason.algorithms.ppo import check_whitening, whitened
+from openrl_reason.algorithms.ppo import advantage_metrics, check_whitening, whitened
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.algorithms.vine import StepValues, VineConfig, check_vine
 from openrl_reason.config import require
@@ -101,7 +101,7 @@ class VinePPOTrainer(OnlineTrainer):
             advantages[tokens], values[tokens] = (torch.from_numpy(found) for found in token_credit(trajectory, own, algo.gamma))
         mask = batch.action_mask
         metrics |= step_values.metrics(batch.num_actions)
-        metrics["train/return"] = float(advantages[mask].mean())
+        metrics |= advantage_metrics(advantages[mask])
         batch = batch.with_tokens(advantages=whitened(advantages, mask, algo.whiten), values=values)
         metrics["timing/credit"] = time.perf_counter() - started
         return batch, metrics

@@ -169,7 +169,8 @@ def value_loss(
         old_values = torch.where(mask, old_values.detach(), 0.0)
         held = old_values + (values - old_values).clamp(-clip, clip)
         held_error = (held - returns) ** 2
-        metrics["value_clip_fraction"] = ((held_error > squared_error).detach() & mask).sum() / denominator
+        beyond = (values - old_values).detach().abs() > clip  # within it both errors are the same up to rounding
+        metrics["value_clip_fraction"] = ((held_error > squared_error).detach() & beyond & mask).sum() / denominator
         squared_error = torch.maximum(squared_error, held_error)
     loss = 0.5 * squared_error.sum() / denominator
     error = (returns - values).detach()

@@ -94,7 +94,8 @@ class BranchCall:
         """Makes sure that samples 0 .. ``num_samples`` - 1 of the prefix are under way, and returns its key.
 
         Raises:
-            ConfigError: ``num_samples`` is below 1, the prefix is empty, or it does not fit the engines.
+            ConfigError: ``num_samples`` is below 1, the prefix is empty, or its budget negative. (A prefix that fills the engines' context is
+                exhausted, like one without a budget.)
         """
         if num_samples < 1:
             raise ConfigError(f"a prefix is to be continued {num_samples} times: use at least 1")
