@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
             "Groups without variance", ("train/zero_variance_groups",), "Prompts whose siblings all got the same reward: they teach nothing.", True
         ),
         Chart("Return", ("train/return", "train/returns/*"), "Mean advantage over the tokens of the policy."),
+        Chart("Advantages", ("train/advantage_*",), "Mean and standard deviation over the tokens of the policy, before whitening."),
         Chart("What went wrong in grading", ("reward/*_rate",), "Share of responses by status.", True),
         Chart("Reward terms", ("reward/*",), "Each source of the reward by itself."),
     ),
@@ -47,7 +48,12 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     "Critic": (
         Chart("Explained variance", ("critic/vf_explained_var",), "1 is perfect, 0 no better than a constant."),
         Chart("Critic loss", ("critic/*loss*",)),
+        Chart("Error of the values", ("critic/value_error",), "Mean absolute distance from the returns, before the critic is trained on them."),
+        Chart("Clipped values", ("critic/value_clip_fraction",), "Share of tokens whose clipped error was the larger one.", True),
         Chart("Values and returns", ("critic/*value*", "critic/*return*")),
+        Chart("Gradient norm of the critic", ("critic/grad_norm",), "Before clipping."),
+        Chart("Learning rate of the critic", ("critic/lr",)),
+        Chart("The critic alone, and updates it skipped", ("train/critic_warmup", "critic/skipped_update"), "1 where it was so."),
     ),
     "Length": (
         Chart("Response length", ("response_length/mean", "response_length/max", "response_length/min"), "Tokens."),
@@ -73,7 +79,13 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Step time", ("timing/step", "timing/generate", "timing/generate_busy", "timing/update"), "Wall seconds."),
         Chart("Throughput", ("perf/*tokens_per_second",), "Tokens per second."),
         Chart("Parts of an update", ("timing/forward_backward", "timing/optimizer", "timing/sync"), "Wall seconds."),
-        Chart("Waiting and scoring", ("timing/credit", "timing/grade", "timing/score", "timing/reference_wait"), "Wall seconds."),
+        Chart("The critic's updates", ("timing/critic_*",), "Wall seconds."),
+        Chart(
+            "Waiting and scoring",
+            ("timing/credit", "timing/grade", "timing/score", "timing/values", "timing/reference_wait", "timing/branch"),
+            "Wall seconds. branch: rollouts that were not there when the last response was.",
+        ),
+        Chart("Hidden rollouts", ("perf/branch_hidden_share",), "Share of the Monte-Carlo tokens that were there when the last response was.", True),
         Chart("Evaluation time", ("timing/evaluate",), "Wall seconds."),
     ),
 }
