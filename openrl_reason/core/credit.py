@@ -146,8 +146,10 @@ def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8, shift_mean: bool 
     if not len(chosen):
         return torch.zeros_like(values)
     mean = chosen.mean()
-    variance = chosen.var(unbiased=True) if len(chosen) > 1 else torch.ones_like(mean)
-    white = (chosen - mean) * (variance + eps).rsqrt() + (0.0 if shift_mean else mean * (variance + eps).rsqrt())
+    variance = chosen.var(unbiased=True) if len(chosen) > 1 else torch.zeros_like(mean)
+    # What is left of equal values is rounding: its deviation, or eps, would scale them by orders of magnitude.
+    scale = (variance + eps).rsqrt() if variance > 1e-12 * chosen.square().mean() else 1.0
+    white = (chosen - mean) * scale + (0.0 if shift_mean else mean * scale)
     return torch.zeros_like(values).masked_scatter_(mask, white.to(values.dtype))
 
 

@@ -167,6 +167,13 @@ def test_whitening_uses_the_statistics_of_the_mask_alone():
     torch.testing.assert_close(scaled[mask].sign(), dirty[mask].sign())
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1, -3.0])
+def test_equal_values_whose_mean_stays_are_not_scaled(value):
+    """All responses right and a critic that says 0 everywhere: a common advantage of 1, not of 1e4."""
+    values, mask = torch.full((7,), value), torch.tensor([True] * 6 + [False])
+    assert torch.allclose(whiten(values, mask, shift_mean=False), torch.where(mask, values, 0.0))
+
+
 def test_whitening_equal_values_or_nothing_gives_zeros():
     mask = torch.tensor([True, False, True])
     assert not whiten(torch.full((3,), 2.0), mask).any()
