@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from openrl_reason.algorithms.trainer import PlacementConfig
 from openrl_reason.config import require
 from openrl_reason.core.steps import check_step_kind
 from openrl_reason.errors import ConfigError
@@ -13,6 +12,8 @@ from openrl_reason.evaluation.config import check_intervals
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.rewards.config import RewardConfig
 from openrl_reason.tasks.base import SPLITS, TaskConfig
+from openrl_reason.workers.model_config import ModelConfig
+from openrl_reason.workers.placement import PlacementConfig
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 MIN_DISTINCT = 3
@@ -120,7 +121,7 @@ def check_config(config: AnalyzeValuesConfig) -> None:
     require(all(k >= 1 for k in config.mc), "mc", list(config.mc), "every K must be at least 1, as in '[1, 3, 9]'")
     require(len(set(config.mc)) == len(config.mc), "mc", list(config.mc), "name every K once")
     require(0 < config.delta <= 1, "delta", config.delta, "must be above 0 and at most 1, for instance 0.1")
-    require(config.beta > 0, "beta", config.beta, "must be positive")
+    require(0 < config.beta < math.inf, "beta", config.beta, "must be positive and finite")
     affine = config.oreo_affine
     require(affine[0] != 0 and all(map(math.isfinite, affine)), "oreo_affine", list(affine), "[a, b] with a finite a that is not 0 and a finite b")
     require(config.ranking_states >= 0, "ranking_states", config.ranking_states, "use 0 for no ranking, or a number of states")
@@ -136,6 +137,10 @@ def check_config(config: AnalyzeValuesConfig) -> None:
     require(config.grader_deadline_s > 0, "grader_deadline_s", config.grader_deadline_s, "must be positive")
     require(not config.reward.judges, "reward.terms", [term.source for term in config.reward.judges], "judges are not started here: use their server")
     check_intervals(config.intervals, "intervals")
+    try:
+        ModelConfig(**vars(config.scoring))
+    except ConfigError as error:  # at once: the models start when hours of rollouts are done
+        raise ConfigError(f"--scoring: {error}") from None
     if config.step_kind:
         try:
             check_step_kind(config.step_kind)

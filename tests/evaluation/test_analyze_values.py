@@ -13,7 +13,7 @@ from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError, DataError, WorkerError
 from openrl_reason.evaluation.analyze_values import FORMAT, analyze_values, sample_study, write_output
 from openrl_reason.evaluation.sets import SetDefaults, prepare_sets
-from openrl_reason.evaluation.value_config import AnalyzeValuesConfig
+from openrl_reason.evaluation.value_config import AnalyzeValuesConfig, ScoringConfig
 from openrl_reason.evaluation.value_estimators import implicit_advantages, scalar_values
 from openrl_reason.evaluation.value_states import StateRollouts, draw_states, next_steps
 from openrl_reason.evaluation.value_study import summarise
@@ -327,6 +327,9 @@ BAD = [
     ({"step_kind": "newlin"}, "--step_kind: .*did you mean"),
     ({"split": "dev"}, "--split"),
     ({"beta": 0.0}, "--beta"),
+    ({"beta": math.inf}, "--beta"),
+    ({"scoring": ScoringConfig(dtype="float16")}, "--scoring: dtype is 'float16'"),
+    ({"scoring": ScoringConfig(num_ranks=0)}, "--scoring: num_ranks is 0"),
 ]
 
 
