@@ -109,7 +109,7 @@ class TrainedModelConfig(ModelConfig):
             )
         for name, low, high in (("lr", 0.0, None), ("min_lr_ratio", 0.0, 1.0), ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, None)):
             value = self.__dict__[name]
-            if value < low or (high is not None and value > high):
+            if not (math.isfinite(value) and value >= low and (high is None or value <= high)):
                 raise ConfigError(f"{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high is not None else ""))
 
 
