@@ -144,6 +144,8 @@ class RestEMTrainer(Trainer):
                 self.evaluate_candidate()
             if self.run.save_every and self.done % self.run.save_every == 0 and progress.iteration_is_open(total):
                 self.save()
+        if progress.choice_score is None:  # resumed with --run.steps lowered to what it had done
+            self.evaluate_candidate()
         progress.end_iteration(config.iterations)
         if self.done >= self.run.steps and not progress.outcome:
             progress.outcome = f"--run.steps {self.run.steps} are done"
