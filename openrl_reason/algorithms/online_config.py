@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 
 from openrl_reason.algorithms.reduction import REDUCTIONS
 from openrl_reason.algorithms.trainer import RunConfig
@@ -145,6 +146,7 @@ def _check_update(algo: PolicyUpdateConfig) -> None:
     corrections = ("none", "truncate", "mask")
     require(algo.importance_correction in corrections, "algo.importance_correction", algo.importance_correction, "use none, truncate or mask")
     require(algo.importance_cap > 0, "algo.importance_cap", algo.importance_cap, "must be positive")
+    require(isfinite(algo.entropy_coef), "algo.entropy_coef", algo.entropy_coef, "use a finite number (0: no bonus)")
     require(algo.epochs >= 1, "algo.epochs", algo.epochs, "at least 1")
     require(algo.minibatches >= 1, "algo.minibatches", algo.minibatches, "at least 1")
 
@@ -155,7 +157,7 @@ def _check_kl(config: OnlineConfig) -> None:
     require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
     idle = kl.where == "loss" and kl.kind == "k1"
     require(not idle, "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or --algo.kl.where reward")
-    require(kl.coef >= 0, "algo.kl.coef", kl.coef, "must not be negative")
+    require(0 <= kl.coef < inf, "algo.kl.coef", kl.coef, "must be finite and not negative")
     require(kl.target >= 0, "algo.kl.target", kl.target, "use 0 (the coefficient stays) or a positive KL per response")
     require(not kl.target or kl.coef > 0, "algo.kl.coef", kl.coef, "an adaptive coefficient (--algo.kl.target) must start above 0")
     require(not (kl.target and kl.where == "none"), "algo.kl.target", kl.target, "there is no KL: set --algo.kl.where reward or loss")

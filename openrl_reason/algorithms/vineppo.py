@@ -27,6 +27,7 @@ from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.credit import vine_step_advantages
 from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.rewards.config import FAILURES
 from openrl_reason.workers.branching import BranchCall
 
 
@@ -56,6 +57,11 @@ class VinePPOConfig(OnlineConfig):
         check_vine(self.vine, self.samples_per_prompt)
         where = self.algo.kl.where
         require(where != "reward", "algo.kl.where", where, "Monte-Carlo values see the reward of a rollout and not its KL: use loss (or none)")
+        if self.vine.interval_width is not None:
+            remedy = "--vine.interval_width is for rewards within 0 .. 1: use such a worth, or a fixed K (null)"
+            for name in ("no_answer", "truncated", *FAILURES):
+                worth = getattr(self.reward, name)
+                require(worth is None or 0 <= worth <= 1, f"reward.{name}", worth, remedy)
         super().__post_init__()
 
 

@@ -18,6 +18,7 @@ from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import ConfigError
 from openrl_reason.models.policy import ModelOutput
 from openrl_reason.rewards.base import RewardResult
+from openrl_reason.rewards.config import RewardConfig
 
 LENGTHS = [3, 9, 1, 14, 6, 2]
 
@@ -232,6 +233,8 @@ def test_critic_and_policy_see_the_same_minibatches():
         ("algo.lam", lambda: PPOConfig(algo=PPOAlgoConfig(lam=-0.1))),
         ("algo.lam", lambda: PPOConfig(algo=PPOAlgoConfig(lam=math.nan))),
         ("algo.gamma", lambda: PPOConfig(algo=PPOAlgoConfig(gamma=0.0))),
+        ("algo.entropy_coef", lambda: PPOConfig(algo=PPOAlgoConfig(entropy_coef=math.nan))),
+        ("algo.kl.coef", lambda: PPOConfig(algo=PPOAlgoConfig(kl=KLConfig(where="loss", coef=math.inf)))),
         ("algo.value_clip", lambda: PPOConfig(algo=PPOAlgoConfig(value_clip=0.0))),
         ("algo.whiten", lambda: PPOConfig(algo=PPOAlgoConfig(whiten="yes"))),
         ("algo.loss_reduction", lambda: PPOConfig(algo=PPOAlgoConfig(loss_reduction="auto"))),
@@ -244,6 +247,7 @@ def test_critic_and_policy_see_the_same_minibatches():
         ("vine.max_steps", lambda: VinePPOConfig(vine=VineConfig(max_steps=0))),
         ("vine.interval_width", lambda: VinePPOConfig(vine=VineConfig(interval_width=1.0))),
         ("vine.interval_width", lambda: VinePPOConfig(vine=VineConfig(interval_width=0.0))),
+        ("reward.no_answer", lambda: VinePPOConfig(vine=VineConfig(interval_width=0.3), reward=RewardConfig(no_answer=-1.0))),
         ("vine.max_rollouts", lambda: VinePPOConfig(vine=VineConfig(interval_width=0.3, num_rollouts=9, max_rollouts=8))),
         ("vine.root_from_siblings", lambda: VinePPOConfig(samples_per_prompt=1, vine=VineConfig(root_from_siblings=True))),
         ("vine.step_kind", lambda: VinePPOConfig(vine=VineConfig(step_kind="lines"))),
