@@ -100,7 +100,8 @@ class OnlineTrainer(Trainer):
             metrics = {"rollout/ungraded": float(len(rollouts.results)), "train/skipped_update": 1.0}
         if self.reference and batch is not None and "train/kl" in metrics:
             metrics["train/kl_coef"] = self.kl.coefficient
-            self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
+            if "train/policy_loss" in metrics:  # not while a critic alone is trained: the KL is no answer to the coefficient then
+                self.kl.update(metrics["train/kl"] * batch.num_actions / batch.num_sequences, batch.num_sequences)
         metrics |= self.sync(self.done + 1)
         self.log.rollouts(readable(rollouts, self.done, self.run.log_rollouts, tokenizer=self._token_texts, batch=batch))
         return rollouts.metrics | metrics
