@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # PPO with a learned critic on GSM8K, as a Ray job on the GPUs of one node or several, with the settings published for rho-math-1b and DeepSeekMath-7B
 # (examples/configs/vineppo_base.yaml and ppo_gsm8k.yaml): 64 problems with 8 responses a step, two passes of 8 updates, learning rate 1e-6, a k3 KL
-# of 1e-4 in the loss, temperature 0.6, top-p 0.9. Start from a model fine-tuned on the same prompts (train_sft_gsm8k.sh with
-# --task.prompt_style vineppo).
+# of 1e-4 in the loss, temperature 0.6, top-p 0.9. Start from a model fine-tuned on the same prompts:
+# train_sft_gsm8k.sh runs/sft_gsm8k --task.prompt_style vineppo.
 #
 #   bash examples/scripts/train_ppo_gsm8k.sh [output-dir]      (default: runs/ppo_gsm8k)
 #

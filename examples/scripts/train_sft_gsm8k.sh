@@ -3,7 +3,7 @@
 # are those that OREO published for Qwen2.5-Math-1.5B (128, 3, 2e-5).
 #
 #   bash examples/scripts/install.sh && . .venv/bin/activate
-#   bash examples/scripts/train_sft_gsm8k.sh [output-dir]      (default: runs/sft_gsm8k)
+#   bash examples/scripts/train_sft_gsm8k.sh [output-dir] [flags...]      (default: runs/sft_gsm8k)
 #
 #   MODEL=Qwen/Qwen2.5-Math-1.5B    hub name or folder
 #   DATA=path/to/gsm8k              a folder with train.jsonl and test.jsonl (default: openai/gsm8k of the hub)
@@ -45,4 +45,5 @@ ray job submit \
     --policy.tokens_per_micro_batch 16384 \
     --policy.lr 2e-5 \
     --policy.schedule cosine \
-    --placement.device gpu
+    --placement.device gpu \
+    "${@:2}"
