@@ -98,15 +98,18 @@ class VinePPOTrainer(OnlineTrainer):
         returns = np.array([_discounted(t, algo.gamma) for t in rollouts.trajectories])
         returns[~np.isfinite(rollouts.rewards)] = math.nan
         advantages, values = torch.zeros(batch.num_tokens), torch.full((batch.num_tokens,), math.nan)
+        without_siblings = 0
         for row, place in enumerate(batch.sequences["places"].tolist()):
             first = place // self.config.samples_per_prompt * self.config.samples_per_prompt
             siblings = np.delete(returns[first : first + self.config.samples_per_prompt], place - first)
             trajectory = rollouts.trajectories[place]
             tokens = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
             own = step_values.step_values(place, trajectory.rewards.tolist(), siblings.tolist())
+            without_siblings += self.config.vine.root_from_siblings and math.isnan(own[0])
             advantages[tokens], values[tokens] = (torch.from_numpy(found) for found in token_credit(trajectory, own, algo.gamma))
         mask = batch.action_mask
         metrics |= step_values.metrics(batch.num_actions)
+        metrics["credit/states_without_value"] += without_siblings
         metrics |= advantage_metrics(advantages[mask])
         batch = batch.with_tokens(advantages=whitened(advantages, mask, algo.whiten), values=values)
         metrics["timing/credit"] = time.perf_counter() - started

@@ -393,6 +393,18 @@ def test_the_root_by_its_siblings_is_unbiased():
     assert abs(np.mean(roots) - value) < 4 * math.sqrt(value * (1 - value) / 600)
 
 
+def test_a_root_none_of_whose_siblings_has_a_reward_is_counted_as_a_state_without_value():
+    def score(sample):
+        return FAILED if sample.response == "e" else parity(sample)
+
+    trainer = toy_vineppo(
+        pool=written(["a$", "e$"], siblings=2), rewarder=ToyRewarder(score), prompts="b", samples=2, root_from_siblings=True, max_failed_rate=1.0
+    )
+    _, batch, metrics = credited(trainer)
+    assert metrics["credit/states_without_value"] == 1 == metrics["rollout/ungraded"]
+    assert not batch.tokens["advantages"].any()  # nothing to compare it with
+
+
 # ---- rewards per step --------------------------------------------------------------------------------------------------------
 
 
