@@ -53,6 +53,20 @@ def combined(*parts, steps=("a", "b"), **settings):
 FAILED = RewardResult(math.nan, "timeout", detail="too slow")
 
 
+def test_a_response_that_was_cut_off_gets_its_worth_and_no_term_is_asked():
+    given = Given(RewardResult(1.0, step_scores=(0.5, 0.5)))
+    term = RewardTermConfig("file.py:f", name="term", weight=2.0)
+    source = CombinedRewards(RewardConfig(terms=(term,), truncated=-0.5), [(term, given)])
+    cut, whole = make_sample("ab", steps=("a", "b"), stop_reason="length"), make_sample("ab", steps=("a", "b"))
+    first, second = source.submit(cut), source.submit(whole)
+    assert first.done() and len(given.futures) == 1
+    source.flush()
+    assert (first.result().score, first.result().status, first.result().step_scores) == (-0.5, "no_answer", None)
+    assert (second.result().score, second.result().step_scores) == (2.0, (1.0, 1.0))
+    metrics = source.metrics()
+    assert (metrics["reward/no_answer_rate"], metrics["reward/term/mean"]) == (0.5, 1.0)
+
+
 def test_the_sum_is_weighted_and_every_term_is_kept_by_itself():
     result, metrics = combined((1.0, RewardResult(1.0, parsed="4")), (-0.5, RewardResult(0.5, logs={"n": 3.0})))
     assert (result.score, result.status, result.parsed) == (0.75, "ok", "4")
