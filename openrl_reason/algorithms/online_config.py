@@ -167,6 +167,8 @@ def _check_kl(config: OnlineConfig) -> None:
     require(reference.refresh_every >= 0, "reference.refresh_every", reference.refresh_every, "use 0 for never, or a number of steps")
     missing = reference.refresh_every and kl.where == "none"
     require(not missing, "reference.refresh_every", reference.refresh_every, "there is no reference without a KL: set --algo.kl.where reward or loss")
+    idle = reference.path and kl.where == "none"
+    require(not idle, "reference.path", reference.path, "there is no reference without a KL: set --algo.kl.where reward or loss")
     require(reference.zero_stage in (0, 3), "reference.zero_stage", reference.zero_stage, "use 0 (a copy on each rank) or 3 (partitioned)")
 
 

@@ -124,6 +124,8 @@ def check_config(config: AnalyzeValuesConfig) -> None:
     require(0 < config.beta < math.inf, "beta", config.beta, "must be positive and finite")
     affine = config.oreo_affine
     require(affine[0] != 0 and all(map(math.isfinite, affine)), "oreo_affine", list(affine), "[a, b] with a finite a that is not 0 and a finite b")
+    idle = not config.oreo_critic and tuple(affine) != (1.0, 0.0)
+    require(not idle, "oreo_affine", list(affine), "it maps the values of an OREO critic: name one with --oreo_critic, or leave it out")
     require(config.ranking_states >= 0, "ranking_states", config.ranking_states, "use 0 for no ranking, or a number of states")
     if config.ranking_states:
         enough = config.ranking_actions >= MIN_DISTINCT

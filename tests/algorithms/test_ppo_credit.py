@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openrl_reason.algorithms.collect import Rollouts
-from openrl_reason.algorithms.online_config import KLConfig
+from openrl_reason.algorithms.online_config import KLConfig, ReferenceConfig
 from openrl_reason.algorithms.ppo import WHITENINGS, CriticConfig, CriticLoss, PPOAlgoConfig, PPOConfig, PPOTrainer, value_metrics, whitened
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.algorithms.vine import VineConfig
@@ -233,6 +233,7 @@ def test_critic_and_policy_see_the_same_minibatches():
         ("algo.lam", lambda: PPOConfig(algo=PPOAlgoConfig(lam=-0.1))),
         ("algo.lam", lambda: PPOConfig(algo=PPOAlgoConfig(lam=math.nan))),
         ("algo.gamma", lambda: PPOConfig(algo=PPOAlgoConfig(gamma=0.0))),
+        ("reference.path", lambda: PPOConfig(reference=ReferenceConfig(path="models/start"))),
         ("algo.entropy_coef", lambda: PPOConfig(algo=PPOAlgoConfig(entropy_coef=math.nan))),
         ("algo.kl.coef", lambda: PPOConfig(algo=PPOAlgoConfig(kl=KLConfig(where="loss", coef=math.inf)))),
         ("algo.value_clip", lambda: PPOConfig(algo=PPOAlgoConfig(value_clip=0.0))),

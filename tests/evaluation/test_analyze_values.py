@@ -322,6 +322,7 @@ BAD = [
     ({"ranking_actions": 2}, "--ranking_actions is 2: at least 3"),
     ({"reference": "x", "ranking_states": 0}, "--reference .*ranking"),
     ({"oreo_affine": (0.0, 1.0)}, "--oreo_affine"),
+    ({"oreo_affine": (2.0, 0.0)}, "--oreo_affine .*--oreo_critic"),
     ({"sampling": SamplingConfig(temperature=0.0)}, "--sampling.temperature"),
     ({"sampling": SamplingConfig(max_new_tokens=64)}, "--sampling.max_new_tokens"),
     ({"step_kind": "newlin"}, "--step_kind: .*did you mean"),
