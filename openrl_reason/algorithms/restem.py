@@ -392,4 +392,5 @@ class RestEMTrainer(Trainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         self.progress = Progress(**state["restem"])
+        self.progress.reopen(iterations=self.config.iterations, steps_left=self.run.steps - self.done)
         self._referred = {self.progress.best, self.progress.choice}

@@ -98,3 +98,8 @@ class Progress:
         self.choice, self.choice_score, self.choice_version, self.exhausted = "", None, 0, False
         if improved and self.iteration == iterations:
             self.outcome = f"all {iterations} iterations are done"
+
+    def reopen(self, *, iterations: int, steps_left: int) -> None:
+        """A resumed run that nothing but its limits had ended goes on, if they have been raised."""
+        if self.outcome.endswith("are done") and self.iteration < iterations and steps_left > 0:
+            self.outcome = ""

@@ -291,3 +291,18 @@ def test_an_iteration_in_training_whose_samples_are_gone_is_not_sampled_again(tm
     trainer.progress.step = 3
     with pytest.raises(CheckpointError, match="samples that iteration 0 was training on are gone"):
         trainer.expectation()
+
+
+def test_a_run_that_its_limits_ended_goes_on_when_they_are_raised_and_one_that_stopped_improving_does_not():
+    progress = Progress()
+    progress.offer("a", 0.5, 3, "best")
+    progress.end_iteration(1)
+    for iterations, steps_left in ((1, 10), (2, 0)):
+        progress.reopen(iterations=iterations, steps_left=steps_left)
+        assert progress.outcome == "all 1 iterations are done"
+    progress.reopen(iterations=2, steps_left=10)
+    assert not progress.outcome
+    progress.offer("b", 0.5, 6, "best")
+    progress.end_iteration(5)
+    progress.reopen(iterations=9, steps_left=10)
+    assert "did not improve" in progress.outcome
