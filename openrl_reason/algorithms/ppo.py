@@ -143,10 +143,13 @@ class PPOTrainer(OnlineTrainer):
             return self.update_critic(batch) | {"train/critic_warmup": 1.0}
         if self.config.placement.colocate:
             return self.update_critic(batch) | self.update_policy(batch)
+        started = time.perf_counter()
         with ThreadPoolExecutor(1) as thread:
             critic = thread.submit(self.update_critic, batch)
             metrics = self.update_policy(batch)
-            return critic.result() | metrics
+            metrics = critic.result() | metrics
+        both = metrics["timing/update"] + metrics["timing/critic_update"]
+        return metrics | {"timing/update_overlap": both - (time.perf_counter() - started)}
 
     def update_critic(self, batch: TokenBatch) -> dict[str, float]:
         """The critic's part: the same epochs and minibatches as the policy's."""

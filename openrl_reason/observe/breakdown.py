@@ -28,5 +28,6 @@ def time_breakdown(metrics_path: Path, *, skip: int = 1) -> dict[str, float]:
     if not total:
         return {}
     shares = {part: sum(record.get(name) or 0.0 for record in steps for name in names) / total for part, names in PARTS.items()}
+    shares["forward and backward"] -= sum(record.get("timing/update_overlap") or 0.0 for record in steps) / total  # two models side by side
     shares = {part: share for part, share in shares.items() if share > 0}
     return shares | {"rest": 1.0 - sum(shares.values())}
