@@ -84,6 +84,7 @@ class OnlineTrainer(Trainer):
         kl = config.algo.kl
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target else FixedKL(kl.coef)
         self._updates_per_step = config.algo.epochs * config.algo.minibatches
+        self._take_turns = False  # known when the actors are placed
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
@@ -343,23 +344,35 @@ class OnlineTrainer(Trainer):
 
     def export(self, folder: Path) -> None:
         self._models_turn()
-        self.policy.export_hf(folder)
+        self.export_models(folder)
         self._engines_turn()
 
     def save_workers(self, folder: Path) -> None:
         self._models_turn()
-        self.policy.save_state(folder / "policy")
-        self.policy.export_hf(folder / "model")
-        if self.reference and self.config.reference.refresh_every:
-            self.reference.save_state(folder / "reference")
+        self.save_models(folder)
         self._engines_turn()
 
     def load_workers(self, folder: Path) -> None:
         self._models_turn()
+        self.load_models(folder)
+        self.pool.sync_weights(self.policy, self.done, between=self._engines_turn)
+
+    def export_models(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder, in the models' turn; as the next two do, which an algorithm with more models extends."""
+        self.policy.export_hf(folder)
+
+    def save_models(self, folder: Path) -> None:
+        """Writes the models' state below ``folder``."""
+        self.policy.save_state(folder / "policy")
+        self.policy.export_hf(folder / "model")
+        if self.reference and self.config.reference.refresh_every:
+            self.reference.save_state(folder / "reference")
+
+    def load_models(self, folder: Path) -> None:
+        """Reads what ``save_models`` wrote."""
         self.policy.load_state(folder / "policy")
         if self.reference and self.config.reference.refresh_every:
             self.reference.load_state(folder / "reference")
-        self.pool.sync_weights(self.policy, self.done, between=self._engines_turn)
 
     def order(self) -> dict[str, Any]:
         config = self.config

@@ -1,4 +1,4 @@
-"""The policy's loss of the online algorithms."""
+"""The losses of the online algorithms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from openrl_reason.algorithms.online_config import PolicyUpdateConfig
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.kl import kl_penalty
-from openrl_reason.core.losses import policy_loss
+from openrl_reason.core.losses import policy_loss, value_loss
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,16 @@ class PolicyGradientLoss:
         metrics["sampling/logprob_difference/mean"] = difference.sum() / tokens
         metrics["sampling/logprob_difference/max"] = difference.max()
         return loss, metrics
+
+
+@dataclass(frozen=True)
+class CriticLoss:
+    """Half the squared distance from the returns, clipped; a mean over the global minibatch's action tokens."""
+
+    clip: float | None
+
+    def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss, metrics = value_loss(
+            outputs.values, batch.tokens["values"], batch.tokens["returns"], batch.action_mask, clip=self.clip, denominator=denominators["tokens"]
+        )
+        return loss, {f"critic/{name}": metrics[name] for name in ("value_loss", "value_clip_fraction") if name in metrics}

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,14 +21,17 @@ from openrl_reason.algorithms.collect import Rollouts
 from openrl_reason.algorithms.common import describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.online import OnlineTrainer
 from openrl_reason.algorithms.online_config import OnlineConfig, PolicyUpdateConfig
+from openrl_reason.algorithms.policy_gradient import CriticLoss
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.credit import gae, whiten
-from openrl_reason.core.losses import value_loss
 from openrl_reason.models.scalar_model import check_scalar_folder
 from openrl_reason.workers.model_config import ScalarModelConfig
 from openrl_reason.workers.placement import Placement, Role
+
+if TYPE_CHECKING:
+    from openrl_reason.workers.model_group import ModelGroup
 
 WHITENINGS = ("none", "center", "scale", "full")
 
@@ -95,19 +98,6 @@ def whitened(advantages: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.T
     return whiten(advantages, mask, shift_mean=kind == "full")
 
 
-@dataclass(frozen=True)
-class CriticLoss:
-    """Half the squared distance from the returns, clipped; a mean over the global minibatch's action tokens."""
-
-    clip: float | None
-
-    def __call__(self, outputs: Any, batch: TokenBatch, denominators: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
-        loss, metrics = value_loss(
-            outputs.values, batch.tokens["values"], batch.tokens["returns"], batch.action_mask, clip=self.clip, denominator=denominators["tokens"]
-        )
-        return loss, {f"critic/{name}": metrics[name] for name in ("value_loss", "value_clip_fraction") if name in metrics}
-
-
 class PPOTrainer(OnlineTrainer):
     """Trains a policy by PPO, and its critic. Arguments: see ``OnlineTrainer``."""
 
@@ -125,7 +115,9 @@ class PPOTrainer(OnlineTrainer):
         started, algo = time.perf_counter(), self.config.algo
         batch, metrics = self.scored_batch(rollouts)
         scoring = time.perf_counter()
-        values, rewards, mask = self.critic.values(batch), batch.tokens["rewards"], batch.action_mask
+        with self._critic_here() as critic:
+            values = critic.values(batch)
+        rewards, mask = batch.tokens["rewards"], batch.action_mask
         metrics["timing/values"] = time.perf_counter() - scoring
         if algo.kl.where == "reward":
             kl = self.kl_in_reward(batch)
@@ -154,10 +146,11 @@ class PPOTrainer(OnlineTrainer):
     def update_critic(self, batch: TokenBatch) -> dict[str, float]:
         """The critic's part: the same epochs and minibatches as the policy's."""
         started, algo, history = time.perf_counter(), self.config.algo, []
-        for epoch in range(algo.epochs):
-            for indices in self.minibatches(batch, epoch):
-                part = batch if indices is None else batch.select(indices)
-                history.append(self.critic.update(part, CriticLoss(algo.value_clip), {"tokens": float(part.num_actions)}))
+        with self._critic_here() as critic:
+            for epoch in range(algo.epochs):
+                for indices in self.minibatches(batch, epoch):
+                    part = batch if indices is None else batch.select(indices)
+                    history.append(critic.update(part, CriticLoss(algo.value_clip), {"tokens": float(part.num_actions)}))
         metrics = update_metrics(history)
         metrics["timing/update"] = time.perf_counter() - started
         return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
@@ -207,33 +200,31 @@ class PPOTrainer(OnlineTrainer):
             self.critic.offload()
         self.critic.ready()
 
-    def _models_turn(self) -> None:
-        super()._models_turn()
+    @contextlib.contextmanager
+    def _critic_here(self) -> Iterator[ModelGroup]:
+        """The critic. On shared GPUs it has its memory only within the block, which must lie in the models' turn."""
         if self._take_turns:
             self.critic.reload()
-
-    def _engines_turn(self) -> None:
+        yield self.critic
         if self._take_turns:
             self.critic.offload()
-        super()._engines_turn()
 
-    def export(self, folder: Path) -> None:
+    def export_models(self, folder: Path) -> None:
         """The policy into ``folder``, and the critic beside it into ``critic``, head included: a start for another run's ``critic.path``."""
-        super().export(folder)
-        self._critic_turn(lambda: self.critic.export_hf(folder.parent / "critic"))
+        super().export_models(folder)
+        with self._critic_here() as critic:
+            critic.export_hf(folder.parent / "critic")
 
-    def save_workers(self, folder: Path) -> None:
-        super().save_workers(folder)
-        self._critic_turn(lambda: (self.critic.save_state(folder / "critic"), self.critic.export_hf(folder / "critic_model")))
+    def save_models(self, folder: Path) -> None:
+        super().save_models(folder)
+        with self._critic_here() as critic:
+            critic.save_state(folder / "critic")
+            critic.export_hf(folder / "critic_model")
 
-    def load_workers(self, folder: Path) -> None:
-        super().load_workers(folder)
-        self._critic_turn(lambda: self.critic.load_state(folder / "critic"))
-
-    def _critic_turn(self, action: Any) -> None:
-        self._models_turn()
-        action()
-        self._engines_turn()
+    def load_models(self, folder: Path) -> None:
+        super().load_models(folder)
+        with self._critic_here() as critic:
+            critic.load_state(folder / "critic")
 
 
 def advantage_metrics(advantages: torch.Tensor) -> dict[str, float]:

@@ -122,6 +122,8 @@ class StepValues:
         self._settled: deque[str] = deque()  # appended to by the threads in which rewards finish
         self._counts: Counter[str] = Counter()
         self._hidden_tokens = 0
+        self._valued: dict[str, list[float]] = {}
+        """Returns of the rollouts of states that ``step_values`` was asked about, as they were for the first trajectory."""
 
     # ---- while the collection runs -------------------------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class StepValues:
     def _too_wide(self, state: _State) -> bool:
         scores = [result.score for result in state.results() if _counts(result)]
         if not scores or min(scores) < 0 or max(scores) > 1:
+            self._counts["outside"] += bool(scores)
             return True
         interval = wilson(math.fsum(scores), len(scores))
         return interval.high - interval.low > self.vine.interval_width
@@ -234,8 +237,9 @@ class StepValues:
             if place.key is None:
                 values[place.step] = _mean(siblings)
             else:
-                earned = math.fsum(rewards[: place.step])
-                values[place.step] = _mean(self._returns(place.key, place.offset, earned))
+                returns = self._returns(place.key, place.offset, math.fsum(rewards[: place.step]))
+                values[place.step] = _mean(returns)
+                self._valued.setdefault(place.key, returns)
         return values
 
     def _returns(self, key: str, offset: int, earned: float) -> list[float]:
@@ -258,10 +262,10 @@ class StepValues:
         return sum(len(state.rollouts) for state in self._states.values())
 
     def metrics(self, num_actions: int) -> dict[str, float]:
-        """``credit/...``; ``num_actions``: response tokens of the collection."""
+        """``credit/...``, once ``step_values`` has been asked; ``num_actions``: response tokens of the collection."""
         counts, states = self.call.counts, list(self._states.values())
-        scores = [[result.score for result in state.results() if _counts(result)] for state in states]
-        means = [_mean(own) for own in scores if own]
+        valued = [returns for returns in self._valued.values() if returns]
+        means = [_mean(returns) for returns in valued]
         rollouts = [rollout for state in states for rollout in state.rollouts.values()]
         num_rollouts, num_trajectories = max(1, len(rollouts)), max(1, len(self._places))
         return {
@@ -274,12 +278,13 @@ class StepValues:
             "credit/mc_tokens_per_training_token": counts["generated_tokens"] / max(1, num_actions),
             "credit/value_mean": _mean(means),
             "credit/value_std": float(np.std(means)) if means else math.nan,
-            "credit/rollout_std": _mean([float(np.std(own)) for own in scores if own]),
+            "credit/rollout_std": _mean([float(np.std(returns)) for returns in valued]),
             "credit/truncated_rate": sum(rollout.truncated for rollout in rollouts) / num_rollouts,
             "credit/failed_rate": len(self.failures) / num_rollouts,
-            "credit/states_without_value": float(sum(not own for own in scores)),
+            "credit/states_without_value": float(sum(not any(map(_counts, state.results())) for state in states)),
             "credit/exhausted_states": float(counts["exhausted"]),
             "credit/unsplit_rate": self._counts["unsplit"] / num_trajectories,
+            **({} if self.vine.interval_width is None else {"credit/states_outside_unit": float(self._counts["outside"])}),
             "perf/branch_hidden_share": self._hidden_tokens / max(1, counts["generated_tokens"]),
         }
 

@@ -76,6 +76,14 @@ class VinePPOTrainer(OnlineTrainer):
         count = f"K = {vine.num_rollouts}" if vine.interval_width is None else f"K = {vine.num_rollouts} .. {vine.max_rollouts}"
         return f"VinePPO, {count}, advantages whitened: {self.config.algo.whiten}"
 
+    def plan(self) -> list[tuple[str, str]]:
+        config, vine = self.config, self.config.vine
+        most = vine.num_rollouts if vine.interval_width is None else vine.max_rollouts
+        responses = config.prompts_per_step * config.samples_per_prompt
+        cap = "" if vine.max_steps is None else f", of at most {vine.max_steps + 1} states"
+        amount = f"<= {most} a state; {responses} responses{cap}: <= {most * responses} a step for each of their steps"
+        return [*super().plan(), ("rollouts for values", amount)]
+
     def prepare(self) -> None:
         super().prepare()
         if self.config.vine.step_kind:  # trajectories, rollouts and rewards per step must be cut alike

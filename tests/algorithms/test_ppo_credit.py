@@ -217,8 +217,10 @@ def test_in_the_warm_up_the_critic_alone_is_trained_and_the_policys_schedule_spa
 def test_critic_and_policy_see_the_same_minibatches():
     rollouts = episodes()
     trainer = driver(rollouts, epochs=2, minibatches=2)
-    trainer._take_turns = True
+    trainer._take_turns, turns = True, []  # on shared GPUs the critic has its memory only while it works
+    trainer.critic.reload, trainer.critic.offload = (lambda word=word: turns.append(word) for word in ("reload", "offload"))
     trainer.update(trainer.credit(rollouts)[0])
+    assert turns == ["reload", "offload"] * 2, "for the values, and for the updates"
     for (one, _), (two, _) in zip(trainer.critic.updates, trainer.policy.updates, strict=True):
         assert torch.equal(one.token_ids, two.token_ids)
 
