@@ -5,7 +5,7 @@
 Prints a table and writes ``benchmarks/results/branching.json``. A random model of about 2 M parameters, float32, one thread, an engine in this
 process. The same list of requests goes
 
-* "plain": to vLLM itself, with its own prefix cache, all requests at once (``partial_prefix_reuse`` off);
+* "plain": to vLLM itself, with its own prefix cache, all requests at once (``partial_prefix_reuse`` never);
 * "reuse": to the engine as it is, which shares prefixes to the token.
 
 Both engines generate the trajectories anew before each round, into an empty cache, and take turns; only the branches are timed. The table has
@@ -101,7 +101,7 @@ def same_samples(one: dict[str, Completion], other: dict[str, Completion]) -> bo
 def measure_engine(arguments: argparse.Namespace, folder: str) -> tuple[list[dict], dict]:
     """Rows of the table, and what was generated."""
     rng = random.Random(arguments.seed)
-    engines = {"plain": RolloutEngine(replace(CONFIG, partial_prefix_reuse=False), folder), "reuse": RolloutEngine(CONFIG, folder)}
+    engines = {"plain": RolloutEngine(replace(CONFIG, partial_prefix_reuse="never"), folder), "reuse": RolloutEngine(CONFIG, folder)}
     generate = {"plain": through_vllm(engines["plain"]), "reuse": through_engine(engines["reuse"])}
     prompts, requests = make_prompts(arguments.trajectories, rng), []
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}

@@ -46,7 +46,7 @@ class RolloutEngine:
         self._eos_ids = read_eos_ids(self.model_path)
         self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
-        reuse = attach(self._engine) if config.prefix_caching and config.partial_prefix_reuse else None
+        reuse = attach(self._engine) if config.prefix_caching and self._reuses_parts else None
         self._held = HeldRequests(reuse.is_computed) if reuse else None
         self._vocab_size = self._engine.model_config.get_vocab_size()
         self._unfinished: dict[str, Request] = {}
@@ -74,6 +74,8 @@ class RolloutEngine:
             }
         else:
             device = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
+            if self._reuses_parts:  # what was computed in the step before must be known when the next one is scheduled
+                device["async_scheduling"] = False
         return device | {
             "model": self.model_path,
             "dtype": config.dtype,
@@ -93,6 +95,11 @@ class RolloutEngine:
             "use_tqdm_on_load": False,
             "worker_extension_cls": f"{__name__}.WeightLoader",
         }
+
+    @property
+    def _reuses_parts(self) -> bool:
+        wanted = self.config.partial_prefix_reuse
+        return wanted == "always" or (wanted == "auto" and self._on_cpu)
 
     @property
     def version(self) -> int | None:

@@ -69,9 +69,9 @@ class RolloutConfig:
     """No CUDA graphs and no compilation: starts faster; on a GPU, false generates faster."""
     prefix_caching: bool = True
     """Keep the KV cache of prompts (until the next weight update), so that siblings and branches do not compute them again."""
-    partial_prefix_reuse: bool = True
-    """Share prefixes to the token, not in whole blocks only: a request starts from a copy of a block that begins like its own. For models with
-    plain attention; others share whole blocks."""
+    partial_prefix_reuse: str = "auto"
+    """Share prefixes to the token, not by whole KV blocks alone, by copies of part-filled blocks (models with plain attention): always, never, or
+    auto (on CPUs; it has not been run on GPUs, where vLLM's asynchronous scheduling is turned off for it)."""
     weight_transport: str = "auto"
     """How weights reach the engines: shared_memory (one node), object_store (any nodes), gloo or nccl; auto: one of the first two."""
     sync_checksum: bool = False
@@ -91,6 +91,8 @@ class RolloutConfig:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}: use 1 or more")
         if self.dtype not in DTYPES:
             raise ConfigError(f"rollout.dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.partial_prefix_reuse not in ("auto", "always", "never"):
+            raise ConfigError(f"rollout.partial_prefix_reuse is {self.partial_prefix_reuse!r}: use auto, always or never")
         if self.weight_transport not in TRANSPORTS:
             raise ConfigError(f"rollout.weight_transport is {self.weight_transport!r}: use one of {', '.join(TRANSPORTS)}")
         if self.block_size < 1 or self.block_size % 16:

@@ -45,7 +45,8 @@ def test_beyond_the_last_step_the_floor_remains():
     (dict(offload_parameters=True), "needs zero_stage 3"),
     (dict(attention="eager"), "'auto', 'packed'"), (dict(num_ranks=0), "num_ranks is 0"), (dict(tokens_per_micro_batch=0), "at least 1"),
     (dict(schedule="step"), "'cosine', 'linear' or 'constant'"), (dict(zero_stage=0, offload_optimizer=True), "zero_stage 1, 2 or 3"),
-    (dict(lr=-1.0), "lr is -1.0"), (dict(lr=math.nan), "lr is nan"), (dict(warmup_ratio=2.0), "at most 1.0"), (dict(min_lr_ratio=-0.1), "min_lr_ratio"),
+    (dict(lr=-1.0), "lr is -1.0"), (dict(lr=math.nan), "lr is nan"), (dict(warmup_ratio=2.0), "at most 1.0"),
+    (dict(min_lr_ratio=-0.1), "min_lr_ratio"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):

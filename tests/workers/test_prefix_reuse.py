@@ -28,7 +28,7 @@ def engines(folder):
     """With reuse, without, and with reuse in a very small cache. They start together."""
     pytest.importorskip("vllm")
     config = replace(CONFIG, max_num_seqs=128)
-    configs = [config, replace(config, partial_prefix_reuse=False), replace(config, kv_cache_gib=TINY_CACHE_GIB)]
+    configs = [config, replace(config, partial_prefix_reuse="never"), replace(config, kv_cache_gib=TINY_CACHE_GIB)]
     processes = [EngineProcess(one, folder) for one in configs]
     yield processes
     for process in processes:
