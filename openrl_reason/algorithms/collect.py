@@ -69,6 +69,11 @@ class Rollouts:
         """Status of each trajectory's reward [B]."""
         return [result.status for result in self.results]
 
+    def take(self, places: Sequence[int]) -> Rollouts:
+        """Those at ``places`` alone; metrics, which are of all, are left out."""
+        columns = (self.trajectories, self.items, self.results)
+        return Rollouts(*([column[place] for place in places] for column in columns))
+
 
 class Collector:
     """Generates and rewards. One per run; ``collect`` per step."""

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from openrl_reason.algorithms.collect import Collector, readable
+from openrl_reason.algorithms.collect import Collector, logged_places, readable
 from openrl_reason.algorithms.common import (
     ItemSampler,
     checked_tokenizer,
@@ -40,7 +40,7 @@ from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.segments import segment_mean, segment_sum
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.data.pairs import Pair, PairData, build_pairs, read_pairs, read_samples
+from openrl_reason.data.pairs import Pair, PairBuilder, PairData, read_pairs, read_samples
 from openrl_reason.errors import CheckpointError, DataError
 from openrl_reason.rewards.build import build_rewarder, check_sources
 from openrl_reason.rewards.config import describe_rewards
@@ -178,12 +178,14 @@ class DPOTrainer(Trainer):
         elif config.pairs.path:
             self._use(read_pairs(config.pairs, self.tokenizer, max_length=config.max_length))
         else:
-            self._use(self._build(read_samples(config.pairs.trajectories)))
+            builder = self._builder()
+            builder.add(read_samples(config.pairs.trajectories))
+            self._use(builder.finish())
 
-    def _build(self, samples: Any) -> PairData:
+    def _builder(self) -> PairBuilder:
         own = self.config.pairs
-        return build_pairs(
-            samples, threshold=own.threshold, max_per_question=own.max_pairs_per_question, seed=self.run.seed, max_length=self.config.max_length,
+        return PairBuilder(
+            threshold=own.threshold, max_per_question=own.max_pairs_per_question, seed=self.run.seed, max_length=self.config.max_length,
             accept_truncated=own.accept_truncated, dedup=own.dedup,
         )  # fmt: skip
 
@@ -235,8 +237,12 @@ class DPOTrainer(Trainer):
                 stack.callback(rewarder.close)
                 pool = stack.enter_context(RolloutPool(config.rollout, self.model_path, placement=placement, seed=self.run.seed))
                 blocks.sample(Collector(self.task, self.tokenizer, pool, rewarder), config.reward.max_failed_rate)
-        self._sampled = blocks.read()
-        self._use(self._build(self._sampled.trajectories))
+        builder, spanning = self._builder(), blocks.spanning()
+        for block in blocks.read_blocks():
+            builder.add(block.trajectories)
+            builder.close(spanning)
+        self._use(builder.finish())
+        self._blocks = blocks
 
     # ---- the reference -------------------------------------------------------------------------------------------------------------------
 
@@ -290,7 +296,7 @@ class DPOTrainer(Trainer):
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
         from openrl_reason.workers.model_group import ModelGroup
 
-        self._sampled = None
+        self._blocks = None
         if self.config.sample and self._given is None:
             self.sample_pairs(placement)
         write_json(self.folder / "pairs.json", self._counts)
@@ -303,10 +309,20 @@ class DPOTrainer(Trainer):
 
     def start(self) -> None:
         super().start()
-        if self._sampled is not None and self.done == 0:
-            tokenizer = self.tokenizer if self.run.log_rollout_tokens else None
-            self.log.rollouts(readable(self._sampled, 0, self.run.log_rollouts, tokenizer=tokenizer))
-        self._sampled = None
+        if self._blocks is not None and self.done == 0:
+            self._log_samples(self._blocks)
+        self._blocks = None
+
+    def _log_samples(self, blocks: SampleBlocks) -> None:
+        """Writes ``run.log_rollouts`` of the samples to the log, reading again the blocks that they are in."""
+        size = blocks.num_samples
+        groups = [str(place) for place in range(len(blocks.items)) for _ in range(size)]  # siblings by item: ids need not be read for this
+        wanted, tokenizer = logged_places(groups, self.run.log_rollouts), self.tokenizer if self.run.log_rollout_tokens else None
+        for number in range(len(blocks.files)):
+            first = number * blocks.items_per_block * size
+            own = [place - first for place in wanted if first <= place < first + len(blocks.block_items(number)) * size]
+            if own:
+                self.log.rollouts(readable(blocks.read_block(number).take(own), 0, -1, tokenizer=tokenizer))
 
     def order(self) -> dict[str, Any]:
         own = {"run.seed": self.run.seed, "batch_size": self.config.batch_size, "training pairs": self._pairs_identity}

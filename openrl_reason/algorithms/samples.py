@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class SampleBlocks:
         """Generates and rewards the missing blocks. Raises WorkerError if more than that share of a block's rewards failed."""
         for number in self.missing:
             started = time.perf_counter()
-            items = self.items[number * self.items_per_block : (number + 1) * self.items_per_block]
+            items = self.block_items(number)
             rollouts = collector.collect(items, num_samples=self.num_samples, sampling=self.sampling, seed=(*self.seed, number))
             check_failures(rollouts, max_failed_rate)
             for trajectory, result in zip(rollouts.trajectories, rollouts.results, strict=True):
@@ -88,14 +88,38 @@ class SampleBlocks:
 
     def read(self) -> Rollouts:
         """All samples, prompt-major, with ``rollout_metrics`` of them. Raises DataError naming a file and line that does not read."""
-        trajectories = [trajectory for file in self.files for trajectory in read_jsonl(file)]
-        expected = len(self.items) * self.num_samples
-        if len(trajectories) != expected:
-            raise CheckpointError(f"{self.folder} holds {len(trajectories)} samples where {expected} were written: delete it to sample again")
-        items = [item for item in self.items for _ in range(self.num_samples)]
-        rollouts = Rollouts(trajectories, items, [_result(trajectory) for trajectory in trajectories])
+        blocks = list(self.read_blocks())
+        rollouts = Rollouts(
+            [trajectory for block in blocks for trajectory in block.trajectories],
+            [item for block in blocks for item in block.items],
+            [result for block in blocks for result in block.results],
+        )
         rollouts.metrics = rollout_metrics(rollouts, self.num_samples)
         return rollouts
+
+    def read_blocks(self) -> Iterator[Rollouts]:
+        """The samples of one block after the other, so that no more than a block is in memory; without metrics. Raises as ``read`` does."""
+        for number in range(len(self.files)):
+            yield self.read_block(number)
+
+    def read_block(self, number: int) -> Rollouts:
+        """The samples of one block, prompt-major; without metrics. Raises as ``read`` does."""
+        file = self.files[number]
+        items = [item for item in self.block_items(number) for _ in range(self.num_samples)]
+        trajectories = read_jsonl(file)
+        if len(trajectories) != len(items):
+            raise CheckpointError(f"{file} holds {len(trajectories)} samples where {len(items)} were written: delete it to sample them again")
+        return Rollouts(trajectories, items, [_result(trajectory) for trajectory in trajectories])
+
+    def block_items(self, number: int) -> Sequence[TaskItem]:
+        """The items of one block."""
+        return self.items[number * self.items_per_block : (number + 1) * self.items_per_block]
+
+    def spanning(self) -> set[str]:
+        """Task ids that are in more than one block: data may hold a question twice."""
+        first: dict[str, int] = {}
+        blocks = ((item.task_id, place // self.items_per_block) for place, item in enumerate(self.items))
+        return {task_id for task_id, block in blocks if first.setdefault(task_id, block) != block}
 
 
 def _reward_info(result: RewardResult) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Every sample, question and pair that does not end up in a pair is counted, by re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,28 +117,68 @@ def build_pairs(
     rejected whose reward reached the threshold. Of questions: ``questions`` = paired + all_accepted + all_rejected + no_samples_left.
     Of pairs: ``possible_pairs`` = pairs + pairs_not_drawn.
     """
-    data = PairData(counts=Counter(samples=0, questions=0))
-    questions: dict[tuple[str, bytes], list[Trajectory]] = {}
-    for trajectory in trajectories:
-        questions.setdefault((trajectory.task_id, trajectory.prompt_ids.tobytes()), []).append(trajectory)
-        data.counts["samples"] += 1
-    for (task_id, prompt), samples in questions.items():
-        data.counts["questions"] += 1
-        usable = list(_usable(samples, max_length, data.counts))
-        accepted, rejected = _split_by_reward(usable, threshold, accept_truncated, dedup, data.counts)
+    builder = PairBuilder(threshold, max_per_question, seed, max_length, accept_truncated, dedup)
+    builder.add(trajectories)
+    return builder.finish()
+
+
+_Question = tuple[str, bytes]
+"""Task id and prompt."""
+
+
+@dataclass
+class PairBuilder:
+    """``build_pairs`` for samples that come in parts: of each part only the samples that are in pairs are kept."""
+
+    threshold: float = 0.5
+    max_per_question: int = 64
+    seed: int = 0
+    max_length: int = 0
+    accept_truncated: bool = False
+    dedup: bool = True
+    _counts: Counter[str] = field(default_factory=lambda: Counter(samples=0, questions=0))
+    _open: dict[_Question, list[Trajectory]] = field(default_factory=dict)
+    _pairs: dict[_Question, list[Pair]] = field(default_factory=dict)
+
+    def add(self, trajectories: Iterable[Trajectory]) -> None:
+        """Takes samples; ``close`` or ``finish`` pairs them."""
+        for trajectory in trajectories:
+            question = (trajectory.task_id, trajectory.prompt_ids.tobytes())
+            self._pairs.setdefault(question, [])  # in the order of the questions' first samples
+            self._open.setdefault(question, []).append(trajectory)
+            self._counts["samples"] += 1
+
+    def close(self, unfinished: Collection[str] = ()) -> None:
+        """Pairs the questions whose samples are all there: those whose task ids are not among ``unfinished``. Their pairs' trajectories lose
+        ``info``: its texts are much of their memory, and nothing that learns from pairs reads them."""
+        for question in [question for question in self._open if question[0] not in unfinished]:
+            self._pairs[question] = self._question_pairs(question, self._open.pop(question))
+            for pair in self._pairs[question]:
+                pair.chosen.info, pair.rejected.info = {}, {}
+
+    def finish(self) -> PairData:
+        """All pairs, and what became of everything else."""
+        for question, samples in self._open.items():
+            self._pairs[question] = self._question_pairs(question, samples)
+        self._open = {}
+        return PairData([pair for pairs in self._pairs.values() for pair in pairs], self._counts)
+
+    def _question_pairs(self, question: _Question, samples: Sequence[Trajectory]) -> list[Pair]:
+        (task_id, prompt), counts = question, self._counts
+        counts["questions"] += 1
+        usable = list(_usable(samples, self.max_length, counts))
+        accepted, rejected = _split_by_reward(usable, self.threshold, self.accept_truncated, self.dedup, counts)
         if not (accepted and rejected):
             one_sided = "all_accepted" if accepted else "all_rejected" if rejected else "no_samples_left"
-            data.counts[f"questions_{one_sided}"] += 1
-            continue
-        data.counts["questions_paired"] += 1
-        possible = len(accepted) * len(rejected)
-        rng = np.random.default_rng(derive_seed(seed, "pairs", task_id, content_id(prompt.hex())))
-        drawn = np.sort(rng.choice(possible, max_per_question, replace=False)) if possible > max_per_question else range(possible)
-        data.counts.update(possible_pairs=possible, pairs=len(drawn), pairs_not_drawn=possible - len(drawn))
-        for place in drawn:
-            chosen, lost = divmod(int(place), len(rejected))
-            data.pairs.append(_pair(accepted[chosen], rejected[lost], ""))
-    return data
+            counts[f"questions_{one_sided}"] += 1
+            return []
+        counts["questions_paired"] += 1
+        possible, most = len(accepted) * len(rejected), self.max_per_question
+        rng = np.random.default_rng(derive_seed(self.seed, "pairs", task_id, content_id(prompt.hex())))
+        drawn = np.sort(rng.choice(possible, most, replace=False)) if possible > most else range(possible)
+        counts.update(possible_pairs=possible, pairs=len(drawn), pairs_not_drawn=possible - len(drawn))
+        places = [divmod(int(place), len(rejected)) for place in drawn]
+        return [_pair(accepted[chosen], rejected[lost], "") for chosen, lost in places]
 
 
 def _usable(samples: Sequence[Trajectory], max_length: int, counts: Counter[str]) -> Iterator[Trajectory]:

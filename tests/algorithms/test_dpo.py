@@ -2,18 +2,24 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from openrl_reason.algorithms.collect import readable
 from openrl_reason.algorithms.dpo import DPOConfig, DPOLossConfig, DPOTrainer, PairLoss, pair_batch, response_logprobs
+from openrl_reason.algorithms.samples import SampleBlocks
+from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.data.pairs import Pair, PairsConfig
+from openrl_reason.data.pairs import Pair, PairsConfig, build_pairs
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.policy import ModelOutput
+from openrl_reason.rewards.base import RewardResult
+from openrl_reason.tasks.base import TaskConfig, TaskItem
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.model_group import ModelGroup
 from openrl_reason.workers.model_worker import ModelWorker
@@ -239,12 +245,27 @@ def test_a_batch_knows_the_reference_of_each_side():
     assert batch.lengths.tolist() == [side.num_tokens for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
-def test_sampling_closes_its_engines_and_a_resumed_run_starts_none(tmp_path, monkeypatch):
+class ScriptedCollector:
+    """Every second sample is right."""
+
+    def __init__(self, *args):
+        pass
+
+    def collect(self, items, *, num_samples, sampling, seed):
+        samples = []
+        for item, number in itertools.product(items, range(num_samples)):
+            info = {"grade_status": "ok", "parsed": None, "prompt": "p", "response": "r", "gold": "g"}
+            about = dict(task_id=item.task_id, group_id=item.task_id, sample_index=number, info=info)
+            samples.append(Trajectory.from_completion([5], [9, number], None, reward=number % 2, **about))
+        results = [RewardResult(t.reward) for t in samples]
+        return SimpleNamespace(trajectories=samples, results=results, rewards=np.array([r.score for r in results]), statuses=["ok"])
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """A function that samples without engines and returns the trainer; its ``events`` tell when engines would start and end."""
     from openrl_reason.algorithms import dpo
-    from openrl_reason.algorithms.trainer import RunConfig
     from openrl_reason.models.make import MakeModelConfig, make
-    from openrl_reason.rewards.base import RewardResult
-    from openrl_reason.tasks.base import TaskConfig
     from openrl_reason.workers import rollout
 
     events = []
@@ -259,33 +280,52 @@ def test_sampling_closes_its_engines_and_a_resumed_run_starts_none(tmp_path, mon
         def __exit__(self, *_):
             events.append("engines end")
 
-    class Collector:
-        def __init__(self, *args):
-            pass
-
-        def collect(self, items, *, num_samples, sampling, seed):
-            samples = []
-            for item, number in itertools.product(items, range(num_samples)):
-                about = dict(task_id=item.task_id, group_id=item.task_id, sample_index=number, info={"grade_status": "ok", "parsed": None})
-                samples.append(Trajectory.from_completion([5], [9, number], None, reward=number % 2, **about))
-            results = [RewardResult(t.reward) for t in samples]
-            return SimpleNamespace(trajectories=samples, results=results, rewards=np.array([r.score for r in results]), statuses=["ok"])
-
     monkeypatch.setattr(rollout, "RolloutPool", Pool)
-    monkeypatch.setattr(dpo, "Collector", Collector)
+    monkeypatch.setattr(dpo, "Collector", ScriptedCollector)
     make(MakeModelConfig(output=str(tmp_path / "model")))
 
-    def sampled(resume):
+    def sample(resume, **settings):
+        settings = {"samples_per_prompt": 4, "batch_size": 8, "epochs": 2} | settings
         config = DPOConfig(
-            run=RunConfig(output_dir=str(tmp_path / "run"), steps=1000, resume=resume), sample=True, samples_per_prompt=4, eval_fraction=0.0,
-            policy=TrainedModelConfig(path=str(tmp_path / "model")), task=TaskConfig(num_train=10, num_test=2), batch_size=8, epochs=2,
+            run=RunConfig(output_dir=str(tmp_path / "run"), steps=1000, resume=resume, log_rollouts=8), sample=True, eval_fraction=0.0,
+            policy=TrainedModelConfig(path=str(tmp_path / "model")), task=TaskConfig(num_train=10, num_test=2), **settings,
         )  # fmt: skip
         trainer = DPOTrainer(config)
         trainer.prepare()
         trainer.sample_pairs(placement=None)
         return trainer
 
+    sample.events = events
+    return sample
+
+
+def test_sampling_closes_its_engines_and_a_resumed_run_starts_none(sampled):
     first, second = sampled(resume=False), sampled(resume=True)
-    assert events == ["engines start", "engines end"]
+    assert sampled.events == ["engines start", "engines end"]
     assert [pair.pair_id for pair in first.train_pairs] == [pair.pair_id for pair in second.train_pairs] and len(first.train_pairs) == 40
     assert first.run.steps == 10
+
+
+def test_samples_are_paired_block_by_block_and_the_log_gets_those_it_would_get_of_all_at_once(sampled, monkeypatch):
+    trainer = sampled(resume=False, prompts_per_block=3)
+    blocks = trainer._blocks
+    everything = blocks.read()
+    assert len(blocks.files) == 4 and len(everything.trajectories) == 40
+    straight = build_pairs(everything.trajectories, max_length=1024)
+    assert [pair.pair_id for pair in trainer.train_pairs] == [pair.pair_id for pair in straight.pairs]
+    assert trainer._counts == dict(straight.counts) | {"training_pairs": 40, "held_out_pairs": 0}
+    assert not any(pair.chosen.info or pair.rejected.info for pair in trainer.train_pairs)
+    read, own = [], SampleBlocks.read_block
+    monkeypatch.setattr(SampleBlocks, "read_block", lambda blocks, number: read.append(number) or own(blocks, number))
+    for limit, expected in ((8, [0, 1]), (3, [0, 1, 2]), (-1, [0, 1, 2, 3])):
+        logged = []
+        trainer.log, trainer.run = SimpleNamespace(rollouts=logged.extend), replace(trainer.run, log_rollouts=limit)
+        read.clear()
+        trainer._log_samples(blocks)
+        assert logged == readable(everything, 0, limit, tokenizer=trainer.tokenizer)
+        assert read == expected, "only blocks with something to log are read again"
+
+
+def test_questions_in_more_than_one_block_are_known():
+    items = [TaskItem(name, "p", "g") for name in ("a", "b", "a", "c", "b", "c")]
+    assert SampleBlocks(None, items, 2, None, (0,), 3).spanning() == {"b"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openrl_reason.core.trajectory import StopReason, Trajectory, write_jsonl, write_parquet
-from openrl_reason.data.pairs import PairsConfig, build_pairs, read_pairs, read_samples
+from openrl_reason.data.pairs import PairBuilder, PairsConfig, build_pairs, read_pairs, read_samples
 from openrl_reason.errors import ConfigError, DataError
 from tests.helpers_models import write_tiny_model
 
@@ -75,6 +75,21 @@ def test_the_draw_is_a_function_of_seed_and_question_alone():
     assert identities(data) != identities(build_pairs(samples, max_per_question=3, seed=2))
     without = build_pairs([s for s in samples if s.task_id != "q1"], max_per_question=3, seed=1)
     assert identities(without) == [one for one in identities(data) if one[0] != "q1"]
+
+
+def test_block_by_block_gives_the_same_pairs_and_counts_as_all_at_once_and_keeps_what_is_in_pairs_alone():
+    # q3 is in the data twice, far apart: its samples are all there at the end alone.
+    samples = [*many(num_samples=8), *(sample("q3", [2, n], float(n % 2), index=n) for n in range(8))]
+    straight = build_pairs(samples, max_per_question=3, max_length=6, seed=7)
+    builder = PairBuilder(max_per_question=3, max_length=6, seed=7)
+    for first in range(0, len(samples), 5 * 8):
+        builder.add(samples[first : first + 5 * 8])
+        builder.close({"q3"})
+        assert {question[0] for question in builder._open} <= {"q3"}
+    data = builder.finish()
+    assert [pair.pair_id for pair in data.pairs] == [pair.pair_id for pair in straight.pairs] and identities(data) == identities(straight)
+    assert data.counts == straight.counts and any(pair.task_id == "q3" and 2 in pair.chosen.response_ids for pair in data.pairs)
+    assert not any(side.info for pair in data.pairs if pair.task_id != "q3" for side in (pair.chosen, pair.rejected))
 
 
 def test_a_cut_off_response_is_rejected_whatever_its_reward_unless_asked_otherwise():
