@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openrl_reason.config import require
 from openrl_reason.core.segments import shift_into_segments
-from openrl_reason.errors import DataError
+from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.loading import DTYPES, load_config, load_tokenizer
 from openrl_reason.models.policy import packed_hidden_states
 
@@ -66,17 +66,24 @@ class ScalarModel(nn.Module):
 def check_scalar_folder(path: str, tokenizer: Any, length: int, *, flag: str, trust_remote_code: bool = False) -> None:
     """Whether the folder can be a critic or reward model of what ``tokenizer`` (the policy's) writes; reads no weights.
 
+    Its tokenizer may have more tokens than the policy's (a padding token that a reward model added), and the shared ones must be the same.
+
     Raises:
-        DataError: the vocabulary or the tokenizer is another one, the head has another size or number of labels, positions are too few.
+        DataError: there is no such model, the vocabulary or the tokenizer is another one, the head has another size or number of labels,
+            positions are too few.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
     where = f"--{flag} {path}"
+    try:
+        config, own = load_config(path, trust_remote_code=trust_remote_code), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"--{flag}: {error}") from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise DataError(f"{where} has {config.vocab_size} embeddings, but the policy's tokenizer has token id {largest}: the vocabularies differ")
-    if (own := load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()) != tokenizer.get_vocab():
-        token = min(set(own.items()) ^ set(tokenizer.get_vocab().items()), key=lambda item: item[1])
-        raise DataError(f"{where} has another tokenizer than the policy (they differ at id {token[1]}, {token[0]!r}): it would read other texts")
+    others = [(number, token) for token, number in tokenizer.get_vocab().items() if own.get(token) != number]
+    if others:
+        number, token = min(others)
+        raise DataError(f"{where} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions < length:
         raise DataError(f"{where} has {positions} positions, and sequences have up to {length} tokens")

@@ -69,7 +69,7 @@ def test_a_smaller_vocabulary_is_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("change", ["swapped", "renamed", "missing", "more"])
-def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path, tokenizer, change):
+def test_another_tokenizer_is_refused_with_the_first_token_that_differs_and_more_tokens_are_not(tmp_path, tokenizer, change):
     path = write_tiny_model(tmp_path / "m", vocab_size=96)
     file = tmp_path / "m" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -83,7 +83,10 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path
     else:
         vocab["ö"] = VOCAB
     file.write_text(json.dumps(content))
-    first = {"swapped": "[01]", "renamed": "[7ö]", "missing": "7", "more": "ö"}[change]
+    if change == "more":  # a padding token that a reward model added: what the policy writes is read as it is
+        check_scalar_folder(path, tokenizer, 128, flag="critic.path")
+        return
+    first = {"swapped": "[01]", "renamed": "[7ö]", "missing": "7"}[change]
     refused(path, tokenizer, rf"another tokenizer than the policy \(they differ at id \d+, '{first}'\)")
 
 
