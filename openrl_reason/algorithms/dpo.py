@@ -49,7 +49,7 @@ from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
 
 SEQUENCES_PER_CALL = 2048
-"""Reference log-probs are asked for in parts of this many sequences, which bounds the driver's memory."""
+"""Reference log-probs are asked for, and samples logged, in parts of this many sequences, which bounds the driver's memory."""
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------------------------------
@@ -318,11 +318,16 @@ class DPOTrainer(Trainer):
         size = blocks.num_samples
         groups = [str(place) for place in range(len(blocks.items)) for _ in range(size)]  # siblings by item: ids need not be read for this
         wanted, tokenizer = logged_places(groups, self.run.log_rollouts), self.tokenizer if self.run.log_rollout_tokens else None
+        records: list[dict[str, Any]] = []
         for number in range(len(blocks.files)):
             first = number * blocks.items_per_block * size
             own = [place - first for place in wanted if first <= place < first + len(blocks.block_items(number)) * size]
             if own:
-                self.log.rollouts(readable(blocks.read_block(number).take(own), 0, -1, tokenizer=tokenizer))
+                records += readable(blocks.read_block(number).take(own), 0, -1, tokenizer=tokenizer)
+            if len(records) >= SEQUENCES_PER_CALL:
+                self.log.rollouts(records)
+                records = []
+        self.log.rollouts(records)  # all at once if they are few: a tracker makes a table of each call, and the last one stands
 
     def order(self) -> dict[str, Any]:
         own = {"run.seed": self.run.seed, "batch_size": self.config.batch_size, "training pairs": self._pairs_identity}
