@@ -28,10 +28,9 @@ from openrl_reason.algorithms.common import (
     estimate_memory,
     local_path,
     update_metrics,
-    within_limit,
 )
 from openrl_reason.algorithms.dpo_config import DPOConfig, DPOLossConfig
-from openrl_reason.algorithms.samples import SampleBlocks
+from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
 from openrl_reason.algorithms.trainer import Callback, Trainer
 from openrl_reason.atomic import naming_disk_errors, write_json
 from openrl_reason.config import require
@@ -48,6 +47,8 @@ from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
 
+SHORT_RESPONSE = 8
+"""Tokens. If not even so short a response fits behind any prompt, sampling would be for nothing."""
 SEQUENCES_PER_CALL = 2048
 """Reference log-probs are asked for, and samples logged, in parts of this many sequences, which bounds the driver's memory."""
 
@@ -65,6 +66,22 @@ def pair_batch(pairs: Sequence[Pair], reference: Mapping[str, float]) -> TokenBa
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     ref_logprobs = torch.tensor([reference[side.trajectory_id] for side in sides], dtype=torch.float32)
     return TokenBatch.from_trajectories(sides).with_sequences(ref_logprobs=ref_logprobs)
+
+
+def check_room(prompt_lengths: Sequence[int], max_length: int, max_new_tokens: int) -> None:
+    """Says how many prompts leave less than ``max_new_tokens`` within ``max_length``. Refuses, before hours of sampling, what can give no pair."""
+    short, least = min(SHORT_RESPONSE, max_new_tokens), min(prompt_lengths)
+    remedy = (
+        f"the shortest of {len(prompt_lengths)} training prompts has {least} tokens, so no response of even {short} tokens would fit, and no pair:"
+        f" use {least + max_new_tokens} or more (the longest prompt and a full response take {max(prompt_lengths) + max_new_tokens})"
+    )
+    require(least + short <= max_length, "max_length", max_length, remedy)
+    tight = sum(length + max_new_tokens > max_length for length in prompt_lengths)
+    if tight:
+        print(
+            f"{tight} of {len(prompt_lengths)} training prompts leave less than --sampling.max_new_tokens {max_new_tokens} tokens within"
+            f" --max_length {max_length}: longer responses to them will be left out as too long"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ class DPOTrainer(Trainer):
 
     headline: ClassVar = ("train/loss", "dpo/accuracy", "dpo/reward_margin", "train/grad_norm", "train/lr", "timing/step")
     curves: ClassVar = ("train/loss", "dpo/accuracy", "dpo/reward_margin", "dpo/chosen_shortfall", "train/grad_norm", "train/lr")
+    traces: ClassVar = (*Trainer.traces, f"samples/{BLOCKS}")
 
     def __init__(
         self,
@@ -169,9 +187,11 @@ class DPOTrainer(Trainer):
                 check_sources(config.reward)
             self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
             limit = config.rollout.max_model_len - config.sampling.max_new_tokens
-            self.items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
-            if overlong:
-                print(f"{overlong} training prompts leave no room for a full response within --rollout.max_model_len: left out")
+            prompts = self.task.encode_prompts(self.task.items("train"), self.tokenizer, limit)
+            self.items = prompts.items
+            if prompts.num_too_long:
+                print(f"{prompts.num_too_long} training prompts leave no room for a full response within --rollout.max_model_len: left out")
+            check_room([len(ids) for ids in prompts.prompt_ids], config.max_length, config.sampling.max_new_tokens)
         elif self._given is not None:
             kept = [pair for pair in self._given if max(pair.chosen.num_tokens, pair.rejected.num_tokens) <= config.max_length]
             self._use(PairData(kept, Counter(given=len(self._given), pairs=len(kept), too_long=len(self._given) - len(kept))))

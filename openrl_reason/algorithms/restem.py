@@ -34,7 +34,7 @@ from openrl_reason.algorithms.common import (
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.restem_config import RestEMConfig
 from openrl_reason.algorithms.restem_selection import START, Progress, keep_right
-from openrl_reason.algorithms.samples import SampleBlocks
+from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
 from openrl_reason.algorithms.sft import SupervisedLoss
 from openrl_reason.algorithms.trainer import Callback, Trainer, print_plan
 from openrl_reason.atomic import atomic_folder
@@ -64,6 +64,7 @@ class RestEMTrainer(Trainer):
 
     headline: ClassVar = ("restem/iteration", "train/loss", "train/grad_norm", "train/lr", "timing/step")
     curves: ClassVar = ("train/loss", "train/grad_norm", "train/lr", "restem/iteration")
+    traces: ClassVar = (*Trainer.traces, f"samples/*/{BLOCKS}")
 
     def __init__(
         self,

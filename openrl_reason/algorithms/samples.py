@@ -22,6 +22,9 @@ from openrl_reason.rewards.base import RewardResult
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.rollout_config import SamplingConfig
 
+BLOCKS = "samples-*.jsonl"
+"""The files of a collection."""
+
 
 @dataclass(frozen=True)
 class SampleBlocks:
@@ -62,7 +65,7 @@ class SampleBlocks:
                         " --run.output_dir"
                     )
                 return
-            for file in self.folder.glob("samples-*.jsonl"):
+            for file in self.folder.glob(BLOCKS):
                 file.unlink()
             write_json(about, here)
 

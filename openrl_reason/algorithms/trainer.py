@@ -65,6 +65,8 @@ class Trainer:
 
     headline: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[str, ...]] = ()
+    traces: ClassVar[tuple[str, ...]] = ("metrics.jsonl",)
+    """Files (patterns) which tell, beside checkpoints, that a folder holds a run: whatever took work to make, before the first step too."""
 
     def __init__(self, config: Any, callbacks: Sequence[Callback] = ()) -> None:
         self.config, self.callbacks = config, tuple(callbacks)
@@ -154,7 +156,7 @@ class Trainer:
             require(checkpoint.step <= self.run.steps, "run.steps", self.run.steps, f"the run to resume has done {checkpoint.step} steps already")
         if self.run.resume and not checkpoint and (self.folder / "metrics.jsonl").exists():
             print(f"there is no checkpoint in {self.folder}: starting from step 0, its logs are replaced")
-        if not self.run.resume and (checkpoint or (self.folder / "metrics.jsonl").exists()):
+        if not self.run.resume and (checkpoint or any(any(self.folder.glob(pattern)) for pattern in self.traces)):
             raise ConfigError(
                 f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openrl_reason.algorithms.collect import readable
-from openrl_reason.algorithms.dpo import DPOConfig, DPOLossConfig, DPOTrainer, PairLoss, pair_batch, response_logprobs
+from openrl_reason.algorithms.dpo import DPOConfig, DPOLossConfig, DPOTrainer, PairLoss, check_room, pair_batch, response_logprobs
 from openrl_reason.algorithms.samples import SampleBlocks
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.core.losses import dpo_loss
@@ -23,6 +23,7 @@ from openrl_reason.tasks.base import TaskConfig, TaskItem
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.model_group import ModelGroup
 from openrl_reason.workers.model_worker import ModelWorker
+from openrl_reason.workers.rollout_config import SamplingConfig
 from tests.helpers_models import VOCAB, first_moments, write_tiny_model
 
 
@@ -324,6 +325,30 @@ def test_samples_are_paired_block_by_block_and_the_log_gets_those_it_would_get_o
         trainer._log_samples(blocks)
         assert logged == readable(everything, 0, limit, tokenizer=trainer.tokenizer)
         assert read == expected, "only blocks with something to log are read again"
+
+
+def test_a_run_killed_while_it_sampled_is_not_started_over_unasked(sampled):
+    trainer = sampled(resume=False)
+    blocks = sorted((trainer.folder / "samples").glob("samples-*.jsonl"))
+    assert blocks and not (trainer.folder / "metrics.jsonl").exists()
+    with pytest.raises(ConfigError, match="holds a run already: add --run.resume to continue it"):
+        DPOTrainer(trainer.config).start()
+    assert sorted((trainer.folder / "samples").glob("samples-*.jsonl")) == blocks
+
+
+def test_a_length_that_no_prompt_fits_is_refused_before_sampling_and_a_tight_one_is_told(sampled, capsys):
+    room = SamplingConfig(temperature=1.0, max_new_tokens=64)
+    with pytest.raises(ConfigError, match=r"--max_length is 4: the shortest of 10 training prompts has \d+ tokens.* no response of even 8 tokens"):
+        sampled(resume=False, max_length=4, sampling=room)
+    assert not sampled.events, "refused in prepare"
+    assert "training prompts leave less" not in capsys.readouterr().out
+    check_room([10, 30, 40], 100, 64)
+    assert "1 of 3 training prompts leave less than --sampling.max_new_tokens 64 tokens within --max_length 100" in capsys.readouterr().out
+    check_room([10, 30, 40], 104, 64)
+    check_room([10], 12, 2)
+    assert not capsys.readouterr().out
+    with pytest.raises(ConfigError, match="use 74 or more .* take 104"):
+        check_room([10, 40], 17, 64)
 
 
 def test_questions_in_more_than_one_block_are_known():

@@ -285,6 +285,16 @@ def test_if_nothing_is_right_in_the_first_iteration_the_error_says_what_was_seen
         trainer.expectation()
 
 
+def test_a_run_killed_while_it_sampled_is_not_started_over_unasked(tmp_path):
+    trainer = prepared(tmp_path, validation_items=4)
+    begun = trainer._blocks()
+    begun.begin(keep=False)
+    begun.files[0].write_text("a block\n")
+    with pytest.raises(ConfigError, match="holds a run already: add --run.resume to continue it"):
+        trainer.start()
+    assert begun.files[0].exists()
+
+
 def test_an_iteration_in_training_whose_samples_are_gone_is_not_sampled_again(tmp_path):
     trainer = prepared(tmp_path, validation_items=4)
     trainer._blocks = lambda: blocks(tmp_path / "samples")
