@@ -27,6 +27,7 @@ from openrl_reason.evaluation.table import print_table
 from openrl_reason.evaluation.value_accuracy import truths
 from openrl_reason.evaluation.value_config import MIN_DISTINCT, AnalyzeValuesConfig
 from openrl_reason.evaluation.value_estimators import PrefixValues, StepScores, implicit_advantages, scalar_values
+from openrl_reason.evaluation.value_partial import Partial
 from openrl_reason.evaluation.value_states import State, StateRollouts, draw_states, find_states, next_steps
 from openrl_reason.evaluation.value_study import (
     ValueStudy,
@@ -78,21 +79,27 @@ def analyze_values(
     (chosen,) = prepare_sets((), default_task=task, tokenizer=tokenizer, defaults=defaults, max_model_len=config.rollout.max_model_len)
     for line in plan(config, chosen):
         print(line)
+    if config.dry_run and reward_function is None:
+        check_sources(config.reward)
+    partial = Partial(config, path, chosen, tokenizer, reward_function)
+    study = partial.read()
     if config.dry_run:
-        if reward_function is None:
-            check_sources(config.reward)
         return {}
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), 0.0 if study is None else study.counts["seconds"]
     with contextlib.ExitStack() as stack:
-        placement = stack.enter_context(Placement(config.placement, roles(config)))
-        with _engines(config, task, tokenizer, placement, reward_function) as (pool, rewarder):
-            study = sample_study(config, chosen, tokenizer, pool, rewarder)
+        wanted = roles(config) if study is None else model_roles(config)
+        placement = stack.enter_context(Placement(config.placement, wanted)) if wanted else None
+        if study is None:
+            with _engines(config, task, tokenizer, placement, reward_function) as (pool, rewarder):
+                study = sample_study(config, chosen, tokenizer, pool, rewarder)
+                study.counts["seconds"] = round(time.perf_counter() - started, 1)
+                partial.write(study)
         for name, values in (estimators or {}).items():
             study.add_values(name, values)
         for name, scores in (step_scores or {}).items():
             study.add_step_scores(name, scores)
         add_models(study, config, placement)
-    study.counts["seconds"] = round(time.perf_counter() - started, 1)
+    study.counts["seconds"] = round(spent + time.perf_counter() - started, 1)
     summary = summarise(
         study, delta=config.delta, num_position_bins=config.position_bins, num_calibration_bins=config.calibration_bins, intervals=config.intervals
     )
@@ -100,6 +107,7 @@ def analyze_values(
     print_summary(summary, config)
     if config.output:
         write_output(study, summary, config)
+        partial.delete()
     return summary
 
 
@@ -136,10 +144,14 @@ def check_models(config: AnalyzeValuesConfig, tokenizer: Any) -> None:
 
 
 def roles(config: AnalyzeValuesConfig) -> list[Role]:
-    """Everything that is ever started. The models come one after the other, so they share a seat."""
+    """Everything that is ever started."""
+    return [Role("engine", config.rollout.num_engines, config.rollout.tensor_parallel), *model_roles(config)]
+
+
+def model_roles(config: AnalyzeValuesConfig) -> list[Role]:
+    """What scores states. The models come one after the other, so they share a seat."""
     wanted = [("critic", config.critic or config.oreo_critic), ("policy", config.reference), ("reference", config.reference)]
-    ranks = [Role(name, config.scoring.num_ranks) for name, path in wanted if path]
-    return [Role("engine", config.rollout.num_engines, config.rollout.tensor_parallel), *ranks]
+    return [Role(name, config.scoring.num_ranks) for name, path in wanted if path]
 
 
 def plan(config: AnalyzeValuesConfig, chosen: EvalSet) -> list[str]:
@@ -260,7 +272,7 @@ class _Timer:
 # ---- models ------------------------------------------------------------------------------------------------------------------------
 
 
-def add_models(study: ValueStudy, config: AnalyzeValuesConfig, placement: Placement) -> None:
+def add_models(study: ValueStudy, config: AnalyzeValuesConfig, placement: Placement | None) -> None:
     """Critics and implicit advantages; each model is started, asked and ended before the next."""
     settings = vars(config.scoring) | {"trust_remote_code": config.rollout.trust_remote_code}
     scale, shift = config.oreo_affine

@@ -48,6 +48,8 @@ class AnalyzeValuesConfig:
     """Folder for states.csv, ranking.csv, summary.json, plots and values.html (empty: only print)."""
     overwrite: bool = False
     """Replace an earlier analysis at output."""
+    resume: bool = True
+    """Go on with the rollouts that an analysis cut short left beside output (.partial.json): nothing is sampled twice. false: start anew."""
     split: str = "test"
     """test or train."""
     num_items: int = 128

@@ -1,5 +1,7 @@
 """The analysis on a process whose values are known exactly: a table of next tokens behind the pool's interface."""
 
+import contextlib
+import importlib
 import json
 import math
 import random
@@ -15,10 +17,12 @@ from openrl_reason.evaluation.analyze_values import FORMAT, analyze_values, samp
 from openrl_reason.evaluation.sets import SetDefaults, prepare_sets
 from openrl_reason.evaluation.value_config import AnalyzeValuesConfig, ScoringConfig
 from openrl_reason.evaluation.value_estimators import implicit_advantages, scalar_values
+from openrl_reason.evaluation.value_partial import read_partial, rollouts_identity, write_partial
 from openrl_reason.evaluation.value_states import StateRollouts, draw_states, next_steps
 from openrl_reason.evaluation.value_study import summarise
 from openrl_reason.models.tiny import make_model, make_tokenizer
 from openrl_reason.rewards.base import RewardResult
+from openrl_reason.rewards.config import RewardConfig
 from openrl_reason.tasks.base import Task, TaskConfig
 from openrl_reason.workers.rollout_config import Completion, RolloutConfig, SamplingConfig
 
@@ -357,3 +361,110 @@ def test_models_and_outputs_that_do_not_fit_are_refused_before_anything_starts(t
         analyze_values(config(model=str(model), output=str(tmp_path)))
     with pytest.raises(ConfigError, match="--output .*no earlier analysis"):
         analyze_values(config(model=str(model), output=str(tmp_path), overwrite=True))
+
+
+# ---- rollouts are kept until the output is complete ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def analysis(tmp_path, monkeypatch):
+    """A function that runs the whole command on the table, with a critic that may fail; ``pools`` are the engines that were started."""
+    module = importlib.import_module("openrl_reason.evaluation.analyze_values")
+    pools, critic = [], {"fails": True}
+
+    @contextlib.contextmanager
+    def engines(*args):
+        pools.append(TablePool())
+        yield pools[-1], LastLine()
+
+    def add_models(study, config, placement):
+        if critic["fails"]:
+            raise WorkerError("rank 0 of the critic is gone")
+        study.add_values("critic", exact_values)
+
+    monkeypatch.setattr(module, "_engines", engines)
+    monkeypatch.setattr(module, "add_models", add_models)
+    monkeypatch.setattr(module, "Placement", lambda config, roles: contextlib.nullcontext())
+    make_model(tmp_path / "model", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=32)
+
+    def run(fails=False, output="out", reward_function=None, **changes):
+        critic["fails"] = fails
+        small = {"num_items": 4, "num_states": 12, "truth_rollouts": 6, "mc": (1, 2), "ranking_states": 6, "ranking_truth_rollouts": 4}
+        settings = config(**{"model": str(tmp_path / "model"), "output": output and str(tmp_path / output)} | small | changes)
+        return analyze_values(settings, task=Starts(TaskConfig()), reward_function=reward_function)
+
+    run.pools = pools
+    return run
+
+
+def test_a_model_that_fails_costs_no_rollouts(analysis, tmp_path, capsys):
+    straight = analysis(output="straight")
+    assert not (tmp_path / "straight.partial.json").exists() and len(analysis.pools) == 1
+    with pytest.raises(WorkerError, match="critic is gone"):
+        analysis(fails=True)
+    assert (tmp_path / "out.partial.json").exists() and not (tmp_path / "out").exists() and len(analysis.pools) == 2
+    capsys.readouterr()
+    resumed = analysis(delta=0.2)  # what the rollouts do not depend on may change
+    assert len(analysis.pools) == 2 and "out.partial.json: they are used, and nothing is sampled again" in capsys.readouterr().out
+    assert not (tmp_path / "out.partial.json").exists()
+    for name in ("states.csv", "ranking.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+    assert resumed["counts"].keys() == straight["counts"].keys() and resumed["truth"] == straight["truth"]
+    assert {**resumed["counts"], "seconds": 0} == {**straight["counts"], "seconds": 0}
+
+
+def test_rollouts_of_other_settings_are_refused_and_resume_false_starts_anew(analysis, tmp_path):
+    with pytest.raises(WorkerError):
+        analysis(fails=True)
+    changes = [{"seed": 1}, {"truth_rollouts": 7}, {"mc": (2,)}, {"num_items": 5}, {"sampling": SamplingConfig(max_new_tokens=9)}]
+    changes += [{"rollout": RolloutConfig(max_model_len=64, dtype="float32")}, {"reward": RewardConfig(timeout=0.5)}, {"step_kind": "sentence"}]
+    for change in changes:
+        (name,) = change
+        named = {"num_items": "items", "rollout": "rollout.dtype"}.get(name, name)
+        with pytest.raises(ConfigError, match=rf"out\.partial\.json holds .* other settings \({named}\): .*--resume false"):
+            analysis(**change)
+    with pytest.raises(ConfigError, match=r"other settings \(reward\)"):
+        analysis(reward_function=lambda response, gold: 1.0)
+    make_model(tmp_path / "model", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=32, seed=5, overwrite=True)
+    with pytest.raises(ConfigError, match=r"other settings \(model\)"):
+        analysis()
+    assert len(analysis.pools) == 1
+    assert analysis(resume=False, seed=1)["counts"]["states"] == 12 and len(analysis.pools) == 2
+    assert not (tmp_path / "out.partial.json").exists()
+
+
+def test_an_edited_reward_file_gives_other_rollouts(tmp_path):
+    file = tmp_path / "mine.py"
+    settings = config(output=str(tmp_path / "out"), reward=RewardConfig(function=f"{file}:score"))
+    (chosen,) = prepare_sets(
+        (), default_task=Starts(TaskConfig()), tokenizer=TOKENIZER, defaults=SetDefaults(sampling=settings.sampling), max_model_len=64
+    )
+    found = []
+    for text in ("def score(): 1", "def score(): 1", "def score(): 2"):
+        file.write_text(text)
+        found.append(rollouts_identity(settings, "table", chosen, TOKENIZER))
+    assert found[0] == found[1] and [name for name in found[0] if found[0][name] != found[2][name]] == ["reward"]
+
+
+def test_missing_numbers_come_back_and_a_broken_file_is_named(study, tmp_path):
+    values = study.truth.values.copy()
+    values[0] = math.nan
+    before = replace(study, truth=replace(study.truth, values=values), counts=study.counts | {"mean_reward": math.nan})
+    path = tmp_path / "out.partial.json"
+    write_partial(path, {"seed": "0"}, before)
+    after = read_partial(path, {"seed": "0"}, [state.item for state in study.states] + [steps.state.item for steps in study.ranking])
+    assert after.states == before.states and after.ranking == before.ranking
+    for name in ("truth", "ranking_truth", "predictions", "ranking_predictions"):
+        one, two = (vars(found) if name.endswith("truth") else found for found in (getattr(before, name), getattr(after, name)))
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[key], two[key], equal_nan=True) and one[key].dtype == two[key].dtype for key in one), name
+    assert math.isnan(after.counts.pop("mean_reward")) and after.counts == {k: v for k, v in before.counts.items() if k != "mean_reward"}
+    path.write_text(path.read_text()[:1000])
+    with pytest.raises(ConfigError, match="cannot be read.*--resume false"):
+        read_partial(path, {"seed": "0"}, [])
+    assert not [file for file in tmp_path.iterdir() if file != path]
+
+
+def test_rollouts_that_cannot_be_kept_do_not_stop_the_analysis(study, tmp_path, capsys):
+    write_partial(tmp_path / "nowhere" / "out.partial.json", {}, study)
+    assert "note: the rollouts are not kept" in capsys.readouterr().out
