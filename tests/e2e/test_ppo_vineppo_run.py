@@ -92,6 +92,7 @@ def test_ppo_resumed_after_kill_9_equals_the_straight_run(common, straight, tmp_
     assert read_records(folder / "rollouts.jsonl") == read_records(expected / "rollouts.jsonl")
 
 
+@pytest.mark.slow
 def test_the_critic_of_a_run_starts_that_of_another(common, straight, tmp_path):
     critic = straight["ppo"][0] / "critic"
     run("ppo", *common, "--critic.path", critic, "--critic.dtype", "float32", "--algo.whiten", "none", "--run.steps", "1",
@@ -130,6 +131,7 @@ def test_vineppo_logs_credit_that_telescopes(straight):
         assert sum(advantages[first] for first in starts) == pytest.approx(record["reward"] - values[0], abs=2e-3 * len(starts))
 
 
+@pytest.mark.slow
 def test_vineppo_resumed_after_kill_9_equals_the_straight_run(common, straight, tmp_path):
     folder, expected = tmp_path / "killed", straight["vineppo"][0]
     killed_and_resumed("vineppo", folder, [*common, *VINE])

@@ -57,6 +57,7 @@ def test_both_iterations_learn_from_right_samples_alone_and_the_best_candidate_i
     assert (straight / "model/model.safetensors").exists() and len(list(straight.glob("samples/*/samples-*.jsonl"))) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_its_second_iteration_goes_on_as_if_it_had_not_been(restem_words, straight, tmp_path):
     folder = tmp_path / "killed"
     words = [*restem_words, "--run.output_dir", folder]
