@@ -1,11 +1,11 @@
 """The published evaluations, as described: their golden cases, tolerances included, and nothing executed."""
 
-import time
 
 import pytest
 
 from openrl_reason.tasks.grade_math import grade_math
 from openrl_reason.tasks.grade_parity import extract, grade_gsm8k_parity, grade_math_parity, math_equal
+from tests.timing import cpu_seconds, one_pass
 
 GSM8K = [
     ("so #### 18", "18", True), ("#### 1,234", "1234", True), ("#### 0.18", "18", True), ("#### 1800", "18", True),
@@ -39,9 +39,8 @@ def test_the_golden_cases_of_math(text, gold, right):
 
 @pytest.mark.parametrize(("answer", "gold", "right"), EQUAL)
 def test_the_golden_cases_of_math_equal(answer, gold, right):
-    start = time.perf_counter()
+    assert cpu_seconds(lambda: math_equal(answer, gold), enough=5 * one_pass()) < 5 * one_pass()
     assert math_equal(answer, gold) is right
-    assert time.perf_counter() - start < 0.5
 
 
 @pytest.mark.parametrize(("text", "gold"), sorted(STRICT_REFUSES))
