@@ -8,6 +8,7 @@ from math import inf, isfinite
 from openrl_reason.algorithms.reduction import REDUCTIONS
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.config import require, require_divisible
+from openrl_reason.core.kl import KL_KINDS
 from openrl_reason.evaluation.config import EvalConfig
 from openrl_reason.rewards.config import RewardConfig
 from openrl_reason.tasks.base import TaskConfig
@@ -25,7 +26,7 @@ class KLConfig:
     coef: float = 0.001
     """Weight of the KL."""
     kind: str = "k3"
-    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1. In the reward use k1 (unbiased); in the loss k2 or k3."""
+    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1, abs = |k1|. In the reward use k1 (unbiased); in the loss k2 or k3."""
     target: float = 0.0
     """Adapt the coefficient so that the KL per response comes to this (0: the coefficient stays)."""
     horizon: float = 10000.0
@@ -154,7 +155,7 @@ def _check_update(algo: PolicyUpdateConfig) -> None:
 def _check_kl(config: OnlineConfig) -> None:
     kl, reference = config.algo.kl, config.reference
     require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
-    require(kl.kind in ("k1", "k2", "k3"), "algo.kl.kind", kl.kind, "use k1, k2 or k3")
+    require(kl.kind in KL_KINDS, "algo.kl.kind", kl.kind, f"use one of {', '.join(KL_KINDS)}")
     idle = kl.where == "loss" and kl.kind == "k1"
     require(not idle, "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or --algo.kl.where reward")
     require(0 <= kl.coef < inf, "algo.kl.coef", kl.coef, "must be finite and not negative")

@@ -4,6 +4,7 @@ Estimators of KL(pi || ref) from a token drawn from pi (Schulman 2020, "Approxim
     k1 = d              unbiased, may be negative
     k2 = d^2 / 2        biased, positive; **as a loss** its on-policy gradient is the exact gradient of KL(pi || ref)
     k3 = e^-d + d - 1   unbiased, positive; as a loss its on-policy gradient is that of KL(ref || pi)
+    abs = |d|           not below the KL on average, positive; as a loss its on-policy gradient is that of sum |pi - ref|, twice the total variation
 k1 belongs into rewards (detached); as a loss its expected gradient is zero.
 """
 
@@ -12,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KL_KINDS = ("k1", "k2", "k3")
+KL_KINDS = ("k1", "k2", "k3", "abs")
 _MAX_EXPONENT = 40.0  # e^40 is finite in float32 and bfloat16: one absurd token must not turn the whole update into inf
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str, mask: Tensor | None = None) -> Tensor:
-    """[N] -> [N]: the estimator ``kind`` ("k1", "k2", "k3") of each token; 0 where ``mask`` is false, whatever stands there.
+    """[N] -> [N]: the estimator ``kind`` ("k1", "k2", "k3", "abs") of each token; 0 where ``mask`` is false, whatever stands there.
 
     Differentiable in both. Raises ``ValueError`` for another kind.
     """
@@ -30,6 +31,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str, mask: Tenso
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio**2
+    if kind == "abs":
+        return log_ratio.abs()
     return torch.exp((-log_ratio).clamp(max=_MAX_EXPONENT)) + log_ratio - 1.0
 
 

@@ -265,3 +265,4 @@ def test_the_defaults_and_the_published_settings_are_accepted():
     PPOConfig(), VinePPOConfig()
     VinePPOConfig(vine=VineConfig(num_rollouts=9, max_steps=25), algo=VinePPOAlgoConfig(whiten="none", kl=KLConfig(where="loss", coef=1e-4)))
     PPOConfig(algo=PPOAlgoConfig(value_clip=None, lam=0.0, kl=KLConfig(where="reward", kind="k1")))
+    PPOConfig(algo=PPOAlgoConfig(kl=KLConfig(where="loss", kind="abs")))

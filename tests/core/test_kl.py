@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from openrl_reason.core.kl import KL_KINDS
 from openrl_reason.core.losses import AdaptiveKL, FixedKL, kl_loss, kl_penalty
 
 
@@ -26,7 +27,15 @@ def test_k1_and_k3_average_to_the_exact_kl(kind):
     torch.testing.assert_close((logprobs.exp() * kl_penalty(logprobs, ref_logprobs, kind=kind)).sum(), exact)
 
 
-@pytest.mark.parametrize(("kind", "direction"), [("k1", "none"), ("k2", "reverse"), ("k3", "forward")])
+def test_abs_is_the_distance_of_each_token_and_on_average_not_below_the_kl():
+    _, logprobs, ref_logprobs = distributions()
+    k1, found = (kl_penalty(logprobs, ref_logprobs, kind=kind) for kind in ("k1", "abs"))
+    assert k1.min() < 0 and torch.equal(found, torch.where(k1 < 0, -k1, k1))
+    assert (logprobs.exp() * found).sum() > (logprobs.exp() * k1).sum()
+    assert not kl_penalty(logprobs, logprobs, kind="abs").any()
+
+
+@pytest.mark.parametrize(("kind", "direction"), [("k1", "none"), ("k2", "reverse"), ("k3", "forward"), ("abs", "variation")])
 def test_on_policy_gradients_of_the_estimators_are_what_the_docstring_says(kind, direction):
     logits, logprobs, ref_logprobs = distributions()
     on_policy = (logprobs.exp().detach() * kl_penalty(logprobs, ref_logprobs, kind=kind)).sum()
@@ -34,12 +43,13 @@ def test_on_policy_gradients_of_the_estimators_are_what_the_docstring_says(kind,
         "none": 0.0 * logprobs.sum(),
         "reverse": (logprobs.exp() * (logprobs - ref_logprobs)).sum(),
         "forward": (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(),
+        "variation": (logprobs.exp() - ref_logprobs.exp()).abs().sum(),
     }[direction]
     (mine,), (theirs,) = (torch.autograd.grad(value, logits, retain_graph=True) for value in (on_policy, exact))
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", KL_KINDS)
 def test_masked_nans_reach_neither_the_loss_nor_the_gradient(kind):
     logprobs = torch.randn(5, requires_grad=True)
     ref_logprobs = torch.tensor([0.0, torch.nan, 1.0, torch.inf, -1.0])
@@ -59,7 +69,7 @@ def test_an_absurd_token_keeps_the_loss_finite():
 
 
 def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="k1, k2, k3"):
+    with pytest.raises(ValueError, match="k1, k2, k3, abs"):
         kl_penalty(torch.zeros(1), torch.zeros(1), kind="k4")
 
 
