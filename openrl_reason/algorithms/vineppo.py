@@ -87,7 +87,7 @@ class VinePPOTrainer(OnlineTrainer):
     def prepare(self) -> None:
         super().prepare()
         if self.config.vine.step_kind:  # trajectories, rollouts and rewards per step must be cut alike
-            self.task.step_kind = self.config.vine.step_kind
+            self.task = self.task.cut_by(self.config.vine.step_kind)
 
     def beside(self) -> StepValues:
         """Rollouts of the states, sampled while the collection generates."""

@@ -74,7 +74,7 @@ def analyze_values(
     tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
     check_models(config, tokenizer)
     task = task or load_task(config.task)
-    task.step_kind = config.step_kind or task.step_kind
+    task = task.cut_by(config.step_kind) if config.step_kind else task
     defaults = SetDefaults(config.split, config.num_items, config.samples_per_prompt, config.sampling)
     (chosen,) = prepare_sets((), default_task=task, tokenizer=tokenizer, defaults=defaults, max_model_len=config.rollout.max_model_len)
     for line in plan(config, chosen):

@@ -6,6 +6,7 @@ solution are concatenated, never tokenised together, so what a model is trained 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -121,6 +122,12 @@ class Task:
         head = self.question_head()
         more = (SHOT_SEPARATOR + head,) if self.config.num_few_shot and not self.chat and head else ()
         return (*self.style.stop, *more)
+
+    def cut_by(self, step_kind: Any) -> Task:
+        """This task with its solutions cut by another ``step_kind``: a copy that shares the items, so that whoever holds this one sees no change."""
+        other = copy.copy(self)
+        other.step_kind = step_kind
+        return other
 
     def question_head(self) -> str:
         """What every plain question begins with, if anything: a model that goes on writes it."""

@@ -4,12 +4,14 @@ import functools
 import math
 import threading
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from openrl_reason.algorithms import vineppo
+from openrl_reason.algorithms.online import OnlineTrainer
 from openrl_reason.algorithms.vineppo import token_credit
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.errors import WorkerError
@@ -563,6 +565,15 @@ def test_a_response_that_nothing_cuts_is_one_step_and_none_is_dropped(settings):
         assert list(values) == [0] and advantages[0] == pytest.approx(rollouts.rewards[row] - values[0])
     many = sum("\n" in trajectory.info["response"].rstrip("\n") for trajectory in rollouts.trajectories)
     assert metrics["credit/unsplit_rate"] == (many / 16 if "tokenizer" in settings else 0) and many
+
+
+def test_the_callers_task_keeps_its_way_of_cutting_steps(monkeypatch):
+    trainer = toy_vineppo(step_kind="newline", prompts="b")
+    monkeypatch.setattr(OnlineTrainer, "prepare", lambda self: setattr(self, "task", self._task))
+    trainer.config = replace(trainer.config, vine=replace(trainer.config.vine, step_kind="fixed:2"))
+    given = trainer._task
+    trainer.prepare()
+    assert given.step_kind == "newline" and trainer.task.step_kind == trainer.beside().step_kind == "fixed:2"
 
 
 def test_empty_and_cut_responses_keep_their_place_and_the_end_token_its_step():

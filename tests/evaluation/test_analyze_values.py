@@ -387,14 +387,20 @@ def analysis(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "Placement", lambda config, roles: contextlib.nullcontext())
     make_model(tmp_path / "model", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=32)
 
-    def run(fails=False, output="out", reward_function=None, **changes):
+    def run(fails=False, output="out", reward_function=None, task=None, **changes):
         critic["fails"] = fails
         small = {"num_items": 4, "num_states": 12, "truth_rollouts": 6, "mc": (1, 2), "ranking_states": 6, "ranking_truth_rollouts": 4}
         settings = config(**{"model": str(tmp_path / "model"), "output": output and str(tmp_path / output)} | small | changes)
-        return analyze_values(settings, task=Starts(TaskConfig()), reward_function=reward_function)
+        return analyze_values(settings, task=task or Starts(TaskConfig()), reward_function=reward_function)
 
     run.pools = pools
     return run
+
+
+def test_the_callers_task_keeps_its_way_of_cutting_steps(analysis):
+    task = Starts(TaskConfig())
+    plain, cut = (analysis(output="", task=task, step_kind=kind)["counts"]["distinct_states"] for kind in ("", "fixed:1"))
+    assert task.step_kind == "newline" and cut > plain, "and the command cut them as it was told"
 
 
 def test_a_model_that_fails_costs_no_rollouts(analysis, tmp_path, capsys):

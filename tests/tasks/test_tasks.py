@@ -166,3 +166,10 @@ def test_a_task_may_grade_each_item_by_its_own_kind():
     assert task.grade_kind_of(item) == task.grade_kind == "arithmetic"
     task.grade_kind_of = lambda item: "gsm8k_lenient"
     assert task.grade(f"it is {item.gold}", item).score == 1.0
+
+
+def test_another_way_of_cutting_steps_is_a_copy_with_the_same_items():
+    task = load_task(TaskConfig(num_train=3))
+    other = task.cut_by("sentence")
+    assert (task.step_kind, other.step_kind) == ("newline", "sentence") and type(other) is type(task)
+    assert other.items("train") is task.items("train") and other.config is task.config
