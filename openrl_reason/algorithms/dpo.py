@@ -1,4 +1,4 @@
-"""Direct preference optimisation, DPO-Positive and IPO on pairs of responses (``core.losses_offline.dpo_loss`` has the formulas).
+"""Direct preference optimisation, DPO-Positive and IPO on pairs of responses (``core.losses_preference.dpo_loss`` has the formulas).
 
 Pairs come from a file, from rewarded samples on disk, or from responses that this command samples first (its engines are closed before
 training). The reference is the policy at its start: the log-probs of all responses under it are computed once, before the first step, and

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_loss, kl_penalty
-from openrl_reason.core.losses_offline import dpo_loss, implicit_process_rewards, oreo_policy_loss, oreo_value_loss
+from openrl_reason.core.losses_offline import implicit_process_rewards, oreo_policy_loss, oreo_value_loss
+from openrl_reason.core.losses_preference import dpo_loss, kto_loss, kto_reference_point
 from openrl_reason.core.segments import segment_broadcast, segment_count, segment_mean
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "implicit_process_rewards",
     "kl_loss",
     "kl_penalty",
+    "kto_loss",
+    "kto_reference_point",
     "oreo_policy_loss",
     "oreo_value_loss",
     "policy_loss",

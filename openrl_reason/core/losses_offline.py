@@ -1,4 +1,4 @@
-"""Losses on given data: DPO, OREO, and the rewards a DPO-like policy implies. Conventions as in ``losses``."""
+"""Losses on given data: OREO, and the rewards a DPO-like policy implies. Conventions as in ``losses``."""
 
 from __future__ import annotations
 
@@ -8,55 +8,6 @@ from torch import Tensor
 from openrl_reason.core.segments import reverse_cumsum, segment_broadcast, segment_count, segment_ids, segment_max, segment_starts
 
 OREO_LEVELS = ("token", "step", "response", "no_stop_gradient")
-
-
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    kind: str = "sigmoid",
-    positive_weight: float = 0.0,
-    denominator: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation on P pairs of summed log-probs, all [P]. With z = (chosen - rejected) - (ref_chosen - ref_rejected):
-
-    * "sigmoid": -(1 - e) log sigma(beta z) - e log sigma(-beta z), e = ``label_smoothing`` (Rafailov et al. 2023, eq. 7; Mitchell 2023);
-    * "ipo": (z - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17), on z as given: pass means instead of sums for a length-normalised variant.
-
-    DPO-Positive (Pal et al. 2024, arXiv 2402.13228) is "sigmoid" with ``positive_weight`` L > 0: z - L max(0, ref_chosen - chosen) in place
-    of z, so that a pair is not won by making the chosen response less likely than the reference has it.
-
-    Sum over pairs / ``denominator`` (default P). A tie counts one half in the accuracy. Rewards and accuracy are DPO's, without L.
-    """
-    if kind not in ("sigmoid", "ipo"):
-        raise ValueError(f"kind must be 'sigmoid' or 'ipo', it is {kind!r}")
-    if beta <= 0.0 or not 0.0 <= label_smoothing < 0.5 or (kind == "ipo" and label_smoothing):
-        raise ValueError(f"beta ({beta}) must be positive, label_smoothing ({label_smoothing}) in [0, 0.5) and 0 for 'ipo'")
-    if positive_weight < 0.0 or (positive_weight and kind != "sigmoid"):
-        raise ValueError(f"positive_weight ({positive_weight}) must not be negative, and is for 'sigmoid' only")
-    if denominator is None:
-        denominator = max(len(chosen), 1)
-    chosen_ratio, rejected_ratio = chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
-    margin, shortfall = chosen_ratio - rejected_ratio, (-chosen_ratio).clamp(min=0.0)
-    if kind == "sigmoid":
-        log_sigmoid, z = torch.nn.functional.logsigmoid, margin - positive_weight * shortfall
-        terms = -(1.0 - label_smoothing) * log_sigmoid(beta * z) - label_smoothing * log_sigmoid(-beta * z)
-    else:
-        terms = (margin - 0.5 / beta) ** 2
-    loss = terms.sum() / denominator
-    margin = margin.detach()
-    return loss, {
-        "dpo_loss": loss.detach(),
-        "dpo/reward_chosen": beta * chosen_ratio.detach().sum() / denominator,
-        "dpo/reward_rejected": beta * rejected_ratio.detach().sum() / denominator,
-        "dpo/reward_margin": beta * margin.sum() / denominator,
-        "dpo/accuracy": ((margin > 0) + 0.5 * (margin == 0)).sum() / denominator,
-        "dpo/chosen_shortfall": shortfall.detach().sum() / denominator,
-    }
 
 
 def oreo_value_loss(

@@ -1,4 +1,4 @@
-"""DPO, OREO and implicit process rewards: closed forms, the published fixed point, gradient identities."""
+"""OREO and implicit process rewards: closed forms, the published fixed point, gradient identities."""
 
 import itertools
 import math
@@ -6,67 +6,8 @@ import math
 import pytest
 import torch
 
-from openrl_reason.core.losses import dpo_loss, implicit_process_rewards, oreo_policy_loss, oreo_value_loss
+from openrl_reason.core.losses import implicit_process_rewards, oreo_policy_loss, oreo_value_loss
 from openrl_reason.core.losses_offline import OREO_LEVELS, step_offsets
-
-PAIRS = [torch.tensor([value], dtype=torch.float64) for value in (-3.0, -4.0, -3.5, -3.8)]  # chosen, rejected, ref_chosen, ref_rejected
-
-
-def log_sigmoid(x):
-    return -math.log1p(math.exp(-x))
-
-
-def test_dpo_losses_equal_their_closed_forms():
-    z = (-3.0 + 4.0) - (-3.5 + 3.8)
-    assert float(dpo_loss(*PAIRS, beta=0.1)[0]) == pytest.approx(-log_sigmoid(0.1 * z))
-    smooth = -0.9 * log_sigmoid(0.1 * z) - 0.1 * log_sigmoid(-0.1 * z)
-    assert float(dpo_loss(*PAIRS, beta=0.1, label_smoothing=0.1)[0]) == pytest.approx(smooth)
-    assert float(dpo_loss(*PAIRS, beta=0.1, kind="ipo")[0]) == pytest.approx((z - 5.0) ** 2)
-
-
-def test_dpo_positive_takes_off_what_the_chosen_response_lost_inside_of_beta():
-    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([value, value]) for value in (-3.0, -9.0, -2.5, -4.0))
-    chosen = torch.tensor([-3.0, -2.0])  # the first fell below the reference by 0.5, the second rose
-    z = ((chosen - rejected) - (ref_chosen - ref_rejected)).tolist()
-    expected = -(log_sigmoid(0.3 * (z[0] - 50 * 0.5)) + log_sigmoid(0.3 * z[1])) / 2
-    loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3, positive_weight=50.0)
-    assert float(loss) == pytest.approx(expected) and float(metrics["dpo/chosen_shortfall"]) == pytest.approx(0.25)
-    plain = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)[0]
-    assert torch.equal(plain, dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3, positive_weight=0.0)[0])
-
-
-def test_dpo_at_the_reference_is_log_two_and_undecided():
-    sums = torch.randn(7)
-    loss, metrics = dpo_loss(sums, sums - 1, sums, sums - 1, beta=0.3)
-    assert (
-        loss == pytest.approx(math.log(2)) and metrics["dpo/accuracy"] == 0.5 and metrics["dpo/reward_margin"] == pytest.approx(0, abs=1e-6)
-    )
-
-
-def test_a_badly_ranked_pair_keeps_its_gradient():
-    chosen = torch.tensor([-400.0], requires_grad=True)
-    dpo_loss(chosen, torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), beta=0.1)[0].backward()
-    assert chosen.grad == pytest.approx(-0.1)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_dpo_pieces_add_up(kind):
-    columns = [torch.randn(9, dtype=torch.float64) for _ in range(4)]
-    whole, whole_metrics = dpo_loss(*columns, beta=0.2, kind=kind)
-    parts = [dpo_loss(*(column[part] for column in columns), beta=0.2, kind=kind, denominator=9) for part in (slice(0, 4), slice(4, 9))]
-    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
-    for key in whole_metrics:
-        torch.testing.assert_close(sum(metrics[key] for _, metrics in parts), whole_metrics[key])
-
-
-@pytest.mark.parametrize("settings", [
-    dict(beta=0.0), dict(beta=0.1, label_smoothing=0.5), dict(beta=0.1, kind="kto"), dict(beta=0.1, positive_weight=-1.0),
-    dict(beta=0.1, kind="ipo", positive_weight=1.0),
-])  # fmt: skip
-def test_impossible_dpo_settings_are_refused(settings):
-    with pytest.raises(ValueError):
-        dpo_loss(*PAIRS, **settings)
-
 
 # --- OREO -------------------------------------------------------------------------------------------------------------------------------
 
