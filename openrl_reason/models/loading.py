@@ -109,6 +109,27 @@ def load_causal_lm(path: str, dtype: str, *, attn_implementation: str = "sdpa", 
     return model
 
 
+def load_output_head(path: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [V, H] and bias of a local folder's output head, without the rest of the model: what turns its hidden states into logits.
+
+    Raises:
+        DataError: the folder has no such tensor.
+    """
+    from safetensors import safe_open
+
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    names = ["lm_head.weight", *(["model.embed_tokens.weight"] if config.tie_word_embeddings else [])]
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            for name in set(stream.keys()) & {*names, "lm_head.bias"}:
+                found[name] = stream.get_tensor(name).to(DTYPES[dtype])
+    weight = next((found[name] for name in names if name in found), None)
+    if weight is None:
+        raise DataError(f"{path} has no output head to take a KL with (looked for {' and '.join(names)} in its *.safetensors)")
+    return weight, found.get("lm_head.bias")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str) -> None:
     """Raises DataError where the tokenizer can emit an id for which the model has no embedding."""
     largest = max(tokenizer.get_vocab().values())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from openrl_reason.core.logprobs import shifted_token_logprobs
+from openrl_reason.core.logprobs import Reference, shifted_rows, shifted_token_scores
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.attention import packed_forward_kwargs
 
@@ -26,6 +26,8 @@ class ModelOutput:
     """Entropy in nats of the distribution token t was drawn from; None unless asked for."""
     values: Tensor | None = None
     """Value of the state before token t; None for a policy."""
+    kl: Tensor | None = None
+    """Exact KL (nats) between the distribution token t was drawn from and the reference's; None without ``tokens["ref_hidden"]``."""
 
 
 class TokenScoringHead(nn.Linear):
@@ -35,6 +37,9 @@ class TokenScoringHead(nn.Linear):
     """
 
     chunk_tokens = 128
+    reference_head: tuple[Tensor, Tensor | None] | None = None
+    """Weight [V, H'] and bias of a reference model's head, for the exact KL. Plain tensors: neither trained, saved nor partitioned."""
+    kl_direction = "reverse"
 
     @classmethod
     def replacing(cls, head: nn.Module, chunk_tokens: int) -> TokenScoringHead:
@@ -53,19 +58,17 @@ class TokenScoringHead(nn.Linear):
         temperature: float,
         with_entropy: bool,
         score_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        result = shifted_token_logprobs(
-            hidden,
-            self.weight,
-            token_ids,
-            cu_seqlens,
-            temperature=temperature,
-            chunk_tokens=self.chunk_tokens,
-            with_entropy=with_entropy,
-            bias=self.bias,
-            score_mask=score_mask,
-        )
-        return result if with_entropy else (result, None)
+        ref_hidden: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        reference = None
+        if ref_hidden is not None:
+            assert self.reference_head is not None, "set_reference_head comes first"
+            reference = Reference(ref_hidden, *self.reference_head, self.kl_direction)
+        scores = shifted_token_scores(
+            hidden, self.weight, token_ids, cu_seqlens, temperature=temperature, chunk_tokens=self.chunk_tokens, with_entropy=with_entropy,
+            bias=self.bias, score_mask=score_mask, reference=reference,
+        )  # fmt: skip
+        return (scores.logprobs, scores.entropy) if reference is None else (scores.logprobs, scores.entropy, scores.kl)
 
 
 class LanguageModel(nn.Module):
@@ -85,15 +88,25 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         score_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ref_hidden: Tensor | None = None,
+        with_hidden: bool = False,
+    ) -> tuple[Tensor | None, ...]:
         """token_ids [N], cu_seqlens [B+1] -> (logprobs [N], entropy [N] or None), both float32.
 
         ``logprobs[t]`` = log p(token_t | tokens before it in its sequence) of softmax(logits / temperature); 0.0 at a sequence's first
         token and, with ``score_mask`` bool [N], at tokens that it leaves out (prompts, for instance: the head does not work for them).
+        ``ref_hidden`` [N, H'] adds a third result: the exact KL [N] (nats) from or to the reference whose head ``set_reference_head`` gave.
+        ``with_hidden`` adds the hidden states [N, H] that predict each scored token: another model's ``ref_hidden``.
         Raises DataError for a sequence longer than the model's positions.
         """
         hidden = self.hidden_states(token_ids, cu_seqlens)
-        return self.model.get_output_embeddings()(hidden, token_ids, cu_seqlens, temperature, with_entropy, score_mask)
+        scores = self.model.get_output_embeddings()(hidden, token_ids, cu_seqlens, temperature, with_entropy, score_mask, ref_hidden)
+        return (*scores, shifted_rows(hidden, token_ids, cu_seqlens, score_mask)) if with_hidden else scores
+
+    def set_reference_head(self, weight: Tensor, bias: Tensor | None, direction: str) -> None:
+        """What ``ref_hidden`` is multiplied by: the reference's output head, and which way the KL goes ("reverse" is KL(policy || reference))."""
+        head = self.model.get_output_embeddings()
+        head.reference_head, head.kl_direction = (weight, bias), direction
 
     def hidden_states(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The decoder's final hidden states, [N, H]."""

@@ -155,13 +155,16 @@ class ModelGroup:
 
     # ---- running and training ------------------------------------------------------------------------------------------------------
 
-    def logprobs(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> dict[str, Tensor]:
-        """``{"logprobs": float32 [N]}``, with ``with_entropy`` also ``"entropy"``, in the order of ``batch``. See LanguageModel."""
-        return self.logprobs_async(batch, temperature, with_entropy, adapters=adapters).result()
+    def logprobs(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, **options: bool) -> dict[str, Tensor]:
+        """``{"logprobs": float32 [N]}``, with ``with_entropy`` also ``"entropy"``, in the order of ``batch``. See LanguageModel.
 
-    def logprobs_async(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True) -> PendingTokens:
+        ``options`` (``adapters``, ``average``, ``with_hidden``): those of ``ModelWorker.logprobs``.
+        """
+        return self.logprobs_async(batch, temperature, with_entropy, **options).result()
+
+    def logprobs_async(self, batch: TokenBatch, temperature: float = 1.0, with_entropy: bool = False, **options: bool) -> PendingTokens:
         """The same, started now and waited for later: a reference model can score while others still generate."""
-        return self._score("logprobs", batch, temperature, with_entropy, adapters=adapters)
+        return self._score("logprobs", batch, temperature, with_entropy, **options)
 
     def values(self, batch: TokenBatch) -> Tensor:
         """float32 [N] of a scalar model: the value of the state before each token, 0.0 at a sequence's first."""
@@ -199,12 +202,29 @@ class ModelGroup:
 
         ``units``: sizes of runs of consecutive sequences that must meet in one micro-batch, in order (2 for each preference pair).
         """
+        return self.update_keeping(batch, loss_fn, denominators, temperature, with_entropy, units=units)[0]
+
+    def update_keeping(
+        self,
+        batch: TokenBatch,
+        loss_fn: LossFunction,
+        denominators: dict[str, float],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        keep: Sequence[str] = (),
+        *,
+        units: Sequence[int] | None = None,
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """``update``, and the tensors [N] of ``ModelOutput`` that ``keep`` names, as the weights before the step had them."""
         plan = self._plan(batch, units)
         refs = [
-            actor.call.remote("update", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy)
+            actor.call.remote("update_keeping", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy, keep)
             for actor, rank_plan in zip(self._alive(), plan, strict=True)
         ]
-        return self._gather(refs, "update")[0]
+        results = self._gather(refs, "update")
+        pieces = [piece for _, kept in results for piece in kept]
+        index_lists = [indices for rank_plan in plan for indices in rank_plan]
+        return results[0][0], {name: unsplit_tokens([piece[name] for piece in pieces], index_lists, batch) for name in keep}
 
     def _plan(self, batch: TokenBatch, units: Sequence[int] | None = None) -> list[list[list[int]]]:
         lengths, first = batch.lengths.tolist(), [0, *accumulate(units if units is not None else [1] * batch.num_sequences)]
@@ -213,6 +233,14 @@ class ModelGroup:
         members = [range(start, end) for start, end in pairwise(first)]
         plan = plan_micro_batches([sum(lengths[i] for i in unit) for unit in members], self.num_ranks, self.config.tokens_per_micro_batch)
         return [[[index for unit in micro for index in members[unit]] for micro in rank] for rank in plan]
+
+    def start_average(self, decay: float) -> None:
+        """A moving average of the trained weights from now on; ``logprobs(average=True)`` scores with it. Not under ZeRO-3."""
+        self._call_all("start_average", decay)
+
+    def set_reference_head(self, path: str, direction: str) -> None:
+        """The output head of the reference at ``path``, so that ``tokens["ref_hidden"]`` of a batch gives ``outputs.kl`` in updates."""
+        self._call_all("set_reference_head", path, direction)
 
     def set_schedule(self, total_steps: int, step: int) -> None:
         """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step``: for training in rounds, each with its own."""

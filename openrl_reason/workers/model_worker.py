@@ -15,11 +15,12 @@ from openrl_reason.atomic import naming_disk_errors
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.errors import ConfigError
 from openrl_reason.models.attention import choose_attention
-from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_output_head, load_tokenizer
 from openrl_reason.models.policy import LanguageModel, ModelOutput
 from openrl_reason.models.scalar_model import ScalarModel, load_scalar_model
 from openrl_reason.workers.deepspeed_engine import ParkedMemory, build_engine, clips_itself, gathered, init_process_group, resident_tensors
 from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig, TrainedModelConfig, learning_rate
+from openrl_reason.workers.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
@@ -61,6 +62,7 @@ class ModelWorker:
         if self.trained and not isinstance(config, TrainedModelConfig):
             raise ConfigError(f"the {role} model is to be trained, so its config must be a TrainedModelConfig, not {type(config).__name__}")
         self._parked: ParkedMemory | None = None
+        self.average: WeightAverage | None = None
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
@@ -98,23 +100,35 @@ class ModelWorker:
     # ---- running the model ---------------------------------------------------------------------------------------------------------
 
     def logprobs(
-        self, micro_batches: Sequence[TokenBatch], temperature: float = 1.0, with_entropy: bool = False, *, adapters: bool = True
+        self,
+        micro_batches: Sequence[TokenBatch],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        *,
+        adapters: bool = True,
+        average: bool = False,
+        with_hidden: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Per micro-batch, on the CPU: ``{"logprobs": [N]}`` and with ``with_entropy`` also ``"entropy": [N]``; 0.0 outside actions.
 
-        ``adapters=False`` scores with the model as it was before LoRA: the reference policy without a second copy.
+        ``adapters=False`` scores with the model as it was before LoRA: the reference policy without a second copy. ``average`` scores with
+        the moving average of the weights. ``with_hidden`` adds ``"hidden"`` [N, H], the state that predicts each action, in the model's
+        dtype: the ``ref_hidden`` of a model that takes its KL to this one.
         """
         from openrl_reason.models.lora import adapters_disabled
 
         forward = self.engine or self.model
         forward.eval()
         results = []
-        with torch.no_grad(), nullcontext() if adapters else adapters_disabled(self.model):
+        assert not average or self.average is not None, "start_average comes first"
+        weights = self.average.swapped() if average else nullcontext()
+        with torch.no_grad(), weights, nullcontext() if adapters else adapters_disabled(self.model):
             for batch in micro_batches:
                 token_ids, cu_seqlens = batch.token_ids.to(self.device), batch.cu_seqlens.to(self.device)
                 mask = batch.action_mask.to(self.device)
-                logprobs, entropy = forward(token_ids, cu_seqlens, temperature, with_entropy, mask)
-                results.append({"logprobs": logprobs.cpu()} | ({"entropy": entropy.cpu()} if with_entropy else {}))
+                scores = forward(token_ids, cu_seqlens, temperature, with_entropy, mask, None, with_hidden)
+                found = {"logprobs": scores[0]} | ({"entropy": scores[1]} if with_entropy else {}) | ({"hidden": scores[2]} if with_hidden else {})
+                results.append({name: tensor.cpu() for name, tensor in found.items()})
         return results
 
     def values(self, micro_batches: Sequence[TokenBatch], *, shifted: bool = True) -> list[dict[str, Tensor]]:
@@ -138,10 +152,23 @@ class ModelWorker:
         Returns the metrics of the loss over the global batch, alike on every rank, and ``grad_norm`` (before clipping), ``lr``,
         ``skipped_update`` (1.0 if the gradient was not finite and the step was left out), ``seconds/forward_backward``,
         ``seconds/optimizer`` (the slowest rank's). A loss that raises leaves half a gradient behind: the worker cannot be used after that.
+        ``tokens["ref_hidden"]`` [N, H'] of the micro-batches makes ``outputs.kl`` (``set_reference_head`` comes first).
         """
+        return self.update_keeping(micro_batches, loss_fn, denominators, temperature, with_entropy)[0]
+
+    def update_keeping(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        loss_fn: LossFunction,
+        denominators: dict[str, float],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        keep: Sequence[str] = (),
+    ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """``update``, and of each micro-batch the tensors of ``ModelOutput`` that ``keep`` names: what the weights before the step said."""
         assert self.trained and self.engine is not None, f"the {self.role} model was started without total_steps: it can only be run"
         start = time.perf_counter()
-        metrics = _MetricSum()
+        metrics, kept = _MetricSum(), []
         self.engine.train()
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
@@ -153,19 +180,21 @@ class ModelWorker:
             # DeepSpeed averages over ranks, but the denominator is already the global batch's.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             metrics.add(loss_metrics)
+            kept.append({name: getattr(outputs, name).detach().cpu() for name in keep})
         middle = time.perf_counter()
         optimizer_metrics = self._optimizer_step()
         metrics.add({"seconds/forward_backward/max": middle - start, "seconds/optimizer/max": time.perf_counter() - middle})
         reduced = metrics.reduce(self.world_size)
         for name in ("seconds/forward_backward", "seconds/optimizer"):
             reduced[name] = reduced.pop(f"{name}/max")
-        return reduced | optimizer_metrics
+        return reduced | optimizer_metrics, kept
 
     def _outputs(self, batch: TokenBatch, temperature: float, with_entropy: bool) -> ModelOutput:
         if isinstance(self.model, ScalarModel):
             return ModelOutput(values=self.engine(batch.token_ids, batch.cu_seqlens))
-        logprobs, entropy = self.engine(batch.token_ids, batch.cu_seqlens, temperature, with_entropy, batch.action_mask)
-        return ModelOutput(logprobs=logprobs, entropy=entropy)
+        ref_hidden = batch.tokens.get("ref_hidden")
+        scores = self.engine(batch.token_ids, batch.cu_seqlens, temperature, with_entropy, batch.action_mask, ref_hidden)
+        return ModelOutput(logprobs=scores[0], entropy=scores[1], kl=None if ref_hidden is None else scores[2])
 
     def _optimizer_step(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.step, self.total_steps)
@@ -183,12 +212,23 @@ class ModelWorker:
         else:
             self.engine.step()
             norm, skipped = self.engine.get_global_grad_norm(), not self.engine.was_step_applied()
+        if self.average is not None and not skipped:
+            self.average.update()
         self.step += 1
         return {"grad_norm": float("inf") if skipped else float(norm), "lr": rate, "skipped_update": float(skipped)}
 
     def set_schedule(self, total_steps: int, step: int) -> None:
         """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step`` (0-based)."""
         self.total_steps, self.step = total_steps, step
+
+    def start_average(self, decay: float) -> None:
+        """From now on a moving average of the trained weights follows every optimiser step (``logprobs(average=True)`` scores with it)."""
+        self.average = WeightAverage([p for p in self.model.parameters() if p.requires_grad], decay)
+
+    def set_reference_head(self, path: str, direction: str) -> None:
+        """The output head of the reference at ``path``, for the exact KL in updates. ``direction``: "reverse", KL(this || it), or "forward"."""
+        weight, bias = load_output_head(path, self.config.dtype, trust_remote_code=self.config.trust_remote_code)
+        self.model.set_reference_head(weight.to(self.device), None if bias is None else bias.to(self.device), direction)
 
     # ---- weights -------------------------------------------------------------------------------------------------------------------
 
@@ -288,6 +328,8 @@ class ModelWorker:
         with naming_disk_errors(folder):
             if self.trained:
                 save_worker_state(self, Path(folder), step)
+                if self.average is not None and self.rank == 0:
+                    self.average.save(Path(folder) / "average.safetensors")
             else:
                 save_frozen_weights(self, Path(folder))
 
@@ -297,6 +339,8 @@ class ModelWorker:
 
         if self.trained:
             load_worker_state(self, Path(folder))
+            if self.average is not None:
+                self.average.load(Path(folder) / "average.safetensors")
         else:
             load_frozen_weights(self, Path(folder))
         return self.step
