@@ -5,6 +5,7 @@ Every sample, question and pair that does not end up in a pair is counted, by re
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class PairsConfig:
     split: str = "train"
     """Of a hub name or saved folder."""
     prompt_key: str = "prompt"
-    """path: column of the prompt."""
+    """path: column of the prompt. '': there is none, and chosen and rejected begin with it alike (TRL's implicit prompt), texts too."""
     chosen_key: str = "chosen"
     """path: column of the better response."""
     rejected_key: str = "rejected"
@@ -276,7 +277,7 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
 def _texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
     """(prompt, chosen, rejected): three texts, or three lists of messages."""
     chosen, rejected = row.values[config.chosen_key], row.values[config.rejected_key]
-    prompt = row.values.get(config.prompt_key)
+    prompt = row.values.get(config.prompt_key) if config.prompt_key else None
     for key, value in ((config.chosen_key, chosen), (config.rejected_key, rejected), (config.prompt_key, prompt)):
         if not (isinstance(value, str | list) or (value is None and key == config.prompt_key)):
             raise DataError(f"{row.where}: column {key!r} holds {str(value)[:80]!r}; expected text or a list of messages")
@@ -288,8 +289,23 @@ def _texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
         return _shared_beginning(row, config, chosen, rejected)
     if isinstance(prompt, str):
         return prompt, chosen, rejected
+    if not config.prompt_key:
+        return _shared_text(row, config, chosen, rejected)
     found = "is missing" if prompt is None else "is a list of messages, and the responses are text"
-    raise DataError(f"{row.where}: column {config.prompt_key!r} {found}; there are: {', '.join(map(str, row.values))}")
+    hint = " (--pairs.prompt_key '' if the two texts begin with the prompt)" if prompt is None else ""
+    raise DataError(f"{row.where}: column {config.prompt_key!r} {found}{hint}; there are: {', '.join(map(str, row.values))}")
+
+
+def _shared_text(row: Row, config: PairsConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The prompt ends where the texts part, at the last white space before that, so that no word is in it half. A space there begins the
+    response, as tokenizers have it; a line break ends the prompt."""
+    shared = os.path.commonprefix([chosen, rejected])
+    end = max((place for place, character in enumerate(shared, start=1) if character.isspace()), default=0)
+    end -= shared[:end].endswith(" ")
+    if not shared[:end].strip():
+        names = f"{config.chosen_key!r} and {config.rejected_key!r}"
+        raise DataError(f"{row.where}: without a prompt column (--pairs.prompt_key '') {names} must begin with the same words, the prompt")
+    return shared[:end], chosen[end:], rejected[end:]
 
 
 def _shared_beginning(row: Row, config: PairsConfig, chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -312,9 +328,10 @@ def _is_empty(response: str | list[Any]) -> bool:
 
 
 def _encode(row: Row, prompt: Any, key: str, response: Any, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
-    keys = {"prompt_key": config.prompt_key, "completion_key": key, "messages_key": ""}  # the columns' own names, for error messages
+    prompt_key = config.prompt_key or "prompt"
+    keys = {"prompt_key": prompt_key, "completion_key": key, "messages_key": ""}  # the columns' own names, for error messages
     layout = SFTDataConfig(apply_chat_template=config.apply_chat_template, **keys)
-    token_ids, turns = encode_row(Row(row.where, {config.prompt_key: prompt, key: response}), layout, tokenizer)
+    token_ids, turns = encode_row(Row(row.where, {prompt_key: prompt, key: response}), layout, tokenizer)
     steps = np.asarray(turns, np.int32)
     task_id = content_id("pair prompt", str(prompt))
     return Trajectory(

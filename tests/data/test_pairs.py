@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from openrl_reason.core.trajectory import StopReason, Trajectory, write_jsonl, write_parquet
-from openrl_reason.data.pairs import PairBuilder, PairsConfig, build_pairs, read_pairs, read_samples
+from openrl_reason.data.pairs import PairBuilder, PairsConfig, _texts, build_pairs, read_pairs, read_samples
+from openrl_reason.data.readers import Row
 from openrl_reason.errors import ConfigError, DataError
 from tests.helpers_models import write_tiny_model
 
@@ -173,6 +174,46 @@ def test_messages_without_a_prompt_give_the_same_pair_as_with_one(tmp_path, toke
     assert np.array_equal(text.chosen.token_ids, pairs[0].chosen.token_ids)
 
 
+def test_the_preference_layouts_of_trl_and_openrlhf_give_one_pair(tmp_path, tokenizer):
+    """TRL: with and without a prompt, text and messages. OpenRLHF: messages without one, or prompt_key; a margin column is not used here."""
+    user, good, bad = turn("user", "A?"), turn("assistant", "B"), turn("assistant", "C")
+    chats = [
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad], "margin": 0.5},
+        {"prompt": "A?", "chosen": [user, good], "rejected": [user, bad], "score_chosen": 1.0},
+    ]
+    texts = [{"prompt": "A?\n", "chosen": "B", "rejected": "C"}]
+    implicit = [{"chosen": "A?\nB", "rejected": "A?\nC"}]
+    assert len({pair.chosen.token_ids.tobytes() for pair in read(tmp_path, chats, tokenizer).pairs}) == 1
+    named = [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in texts]
+    results = [
+        read(tmp_path, texts, tokenizer), read(tmp_path, named, tokenizer, prompt_key="question", chosen_key="good", rejected_key="bad"),
+        read(tmp_path, implicit, tokenizer, prompt_key=""),
+    ]  # fmt: skip
+    for side in ("chosen", "rejected"):
+        sequences = [getattr(result.pairs[0], side) for result in results]
+        assert len({(t.token_ids.tobytes(), t.action_mask.tobytes()) for t in sequences}) == 1
+    assert len(read(tmp_path, chats[1:2], tokenizer, prompt_key="").pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("H: great\n\nA: yes", "H: great\n\nA: yesterday", "H: great\n\nA:"),
+        ("1+1=?\n2", "1+1=?\n3", "1+1=?\n"),
+        ("a b", "a b c", "a"),
+    ],
+)
+def test_an_implicit_prompt_ends_at_a_word(chosen, rejected, prompt):
+    row = Row("pairs.jsonl:1", {"chosen": chosen, "rejected": rejected})
+    found = _texts(row, PairsConfig(path="pairs.jsonl", prompt_key=""))
+    assert found == (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    for other in ("Xx", " The", ""):
+        with pytest.raises(DataError, match="must begin with the same words"):
+            _texts(Row("pairs.jsonl:1", {"chosen": chosen, "rejected": other}), PairsConfig(path="pairs.jsonl", prompt_key=""))
+
+
 def test_rows_that_teach_nothing_are_counted(tmp_path, tokenizer):
     rows = [
         {"prompt": "A", "chosen": "B", "rejected": "C"}, {"prompt": "A", "chosen": "B", "rejected": "B"},
@@ -190,7 +231,7 @@ def test_rows_that_teach_nothing_are_counted(tmp_path, tokenizer):
     [
         ('{"prompt": "A", "chosen": "B"', r"pairs\.jsonl:2: malformed JSON"),
         ({"prompt": "A", "chosen": "B"}, r"pairs\.jsonl:2: no column 'rejected'"),
-        ({"prmpt": "A", "chosen": "B", "rejected": "C"}, r"pairs\.jsonl:2: column 'prompt' is missing; there are: prmpt"),
+        ({"prmpt": "A", "chosen": "B", "rejected": "C"}, r"pairs\.jsonl:2: column 'prompt' is missing \(.*\); there are: prmpt"),
         ({"prompt": "A", "chosen": 3, "rejected": "C"}, r"pairs\.jsonl:2: column 'chosen' holds '3'"),
         ({"prompt": "A", "chosen": "B", "rejected": [turn("assistant", "C")]}, r"pairs\.jsonl:2: 'chosen' is a str, 'rejected' a list"),
         ({"chosen": [turn("user", "A")], "rejected": [turn("user", "B")]}, r"pairs\.jsonl:2: .* must begin with the same messages"),
