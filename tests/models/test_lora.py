@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from openrl_reason.errors import ConfigError
-from openrl_reason.models.lora import adapted_layers, adapters_disabled, add_lora, merged_weight
+from openrl_reason.models.lora import adapted_layers, adapters_disabled, add_lora, count_trained, merged_weight
+from openrl_reason.models.scalar_model import load_scalar_model
 from openrl_reason.workers.model_config import LoraConfig
 from tests.helpers_models import random_batch, write_tiny_model
 from tests.models.test_attention import packed_model
@@ -43,5 +44,22 @@ def test_a_merged_layer_computes_what_base_and_adapter_compute(model):
 
 
 def test_targets_that_match_nothing_are_refused(model):
-    with pytest.raises(ConfigError, match="lora.target_modules is 'nothing_here'"):
+    with pytest.raises(ConfigError, match="lora.target_modules is 'nothing_here': .*use all-linear, or some of q_proj, k_proj"):
         add_lora(model.model, LoraConfig(rank=2, target_modules="nothing_here"))
+
+
+def test_one_wrong_name_among_right_ones_is_refused(model):
+    with pytest.raises(ConfigError, match="no module 'vproj' .did you mean 'v_proj'"):
+        add_lora(model.model, LoraConfig(rank=2, target_modules="q_proj,vproj"))
+    add_lora(model.model, LoraConfig(rank=2, target_modules="self_attn.q_proj,v_proj"))
+    assert len(adapted_layers(model.model)) == 4
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_what_is_trained_is_counted_without_the_weights_as_it_is_with_them(tmp_path, targets, scalar):
+    path, config = write_tiny_model(tmp_path / "m"), LoraConfig(rank=3, target_modules=targets)
+    counted = count_trained(path, config, scalar=scalar)
+    loaded = load_scalar_model(path, "float32") if scalar else packed_model(path).model
+    add_lora(loaded, config, also_train=("score",) if scalar else ())
+    assert counted == sum(parameter.numel() for parameter in loaded.parameters() if parameter.requires_grad) > 0
