@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.seeds import content_id, derive_seed
-from openrl_reason.errors import DataError
+from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.tasks.base import Task, TaskItem
-from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
+from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig, TrainedModelConfig
 
 
 class ItemSampler:
@@ -142,20 +143,52 @@ def describe_model(config: ModelConfig) -> str:
     )
 
 
+def trained_parameters(config: TrainedModelConfig, path: str, *, name: str) -> int | None:
+    """Parameters of the model in ``path`` that have a gradient; None for a model that is no local folder and trained as a whole.
+
+    Raises:
+        ConfigError: ``--<name>.lora.target_modules`` fits nothing in the model.
+    """
+    if not config.lora.rank:
+        return count_parameters(path)
+    from openrl_reason.models.lora import count_trained
+
+    try:
+        return count_trained(path, config.lora, scalar=isinstance(config, ScalarModelConfig), trust_remote_code=config.trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(f"--{name}.{error}" if str(error).startswith("lora.") else str(error)) from None
+
+
+def check_adapters(config: Any) -> None:
+    """Refuses, before an actor loads anything, adapters that fit nothing in their model: ``config.policy``, ``config.critic``, ...
+
+    A model without a path of its own starts as the policy.
+    """
+    for entry in fields(config):
+        model = getattr(config, entry.name)
+        if isinstance(model, TrainedModelConfig) and model.lora.rank:
+            trained_parameters(model, local_path(model.path or config.policy.path), name=entry.name)
+
+
 def estimate_memory(policy: TrainedModelConfig, *, name: str = "policy", engines: Any = None, reference: Any = None) -> str:
-    """Bytes of weights, gradients and Adam states over all actors (activations and KV cache come on top)."""
+    """Bytes of weights, gradients and Adam states over all actors (activations and KV cache come on top).
+
+    ``reference``: settings with a ``path`` (empty: the policy's), ``num_ranks`` and ``zero_stage``.
+    """
     count = count_parameters(policy.path)
     if not count:
         return "unknown: the model is not a local folder"
     width = {"float32": 4, "bfloat16": 2}
-    ranks = policy.num_ranks
-    weights = count * width[policy.dtype] * (1 if policy.zero_stage == 3 else ranks)
-    gradients = count * 4 * (1 if policy.zero_stage >= 2 else ranks)
+    ranks, trained = policy.num_ranks, trained_parameters(policy, policy.path, name=name)
+    held = count + (trained if policy.lora.rank else 0)  # adapters stand beside the weights, which then have no gradient
+    weights = held * width[policy.dtype] * (1 if policy.zero_stage == 3 else ranks)
+    gradients = trained * 4 * (1 if policy.zero_stage >= 2 else ranks)
     master = 0 if policy.dtype == "float32" and policy.zero_stage == 0 else 4
-    optimizer = count * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
+    optimizer = trained * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
     parts = [(name, weights + gradients + optimizer)]
     if engines is not None:
         parts.append(("engines", engines.num_engines * count * width[engines.dtype]))
     if reference is not None:
-        parts.append(("reference", count * width[policy.dtype] * (1 if reference.zero_stage == 3 else reference.num_ranks)))
-    return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts)
+        size = count_parameters(reference.path) if reference.path else count
+        parts.append(("reference", size and size * width[policy.dtype] * (1 if reference.zero_stage == 3 else reference.num_ranks)))
+    return ", ".join(f"{name} {size / 2**30:.2f} GiB" if size else f"{name} unknown (not a local folder)" for name, size in parts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from openrl_reason.algorithms.common import check_adapters
 from openrl_reason.config import require, save_config, to_dict
 from openrl_reason.errors import CheckpointError, ConfigError
 from openrl_reason.observe.breakdown import time_breakdown
@@ -161,6 +162,7 @@ class Trainer:
                 f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
             )
         self.prepare()
+        check_adapters(self.config)
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
         try:
             self.build(placement, self._stack)
