@@ -17,8 +17,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from openrl_reason.algorithms.collect import Collector, logged_places, readable
 from openrl_reason.algorithms.common import (
@@ -30,17 +28,17 @@ from openrl_reason.algorithms.common import (
     update_metrics,
 )
 from openrl_reason.algorithms.dpo_config import DPOConfig, DPOLossConfig
+from openrl_reason.algorithms.reference_scores import SEQUENCES_PER_CALL, in_parts, kept_scores, response_logprobs, score_responses
 from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
 from openrl_reason.algorithms.trainer import Callback, Trainer
-from openrl_reason.atomic import naming_disk_errors, write_json
+from openrl_reason.atomic import write_json
 from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.seeds import content_id, derive_seed
-from openrl_reason.core.segments import segment_mean, segment_sum
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.data.pairs import Pair, PairBuilder, PairData, read_pairs, read_samples
-from openrl_reason.errors import CheckpointError, DataError
+from openrl_reason.errors import DataError
 from openrl_reason.rewards.build import build_rewarder, check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, load_task
@@ -49,16 +47,9 @@ from openrl_reason.workers.placement import Placement, Role
 
 SHORT_RESPONSE = 8
 """Tokens. If not even so short a response fits behind any prompt, sampling would be for nothing."""
-SEQUENCES_PER_CALL = 2048
-"""Reference log-probs are asked for, and samples logged, in parts of this many sequences, which bounds the driver's memory."""
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------------------------------
-
-
-def response_logprobs(logprobs: torch.Tensor, batch: TokenBatch, *, mean: bool) -> torch.Tensor:
-    """Summed (or mean) log-prob [B] of each sequence's action tokens, from per-token ones [N]. Differentiable."""
-    return (segment_mean if mean else segment_sum)(logprobs, batch.cu_seqlens, batch.action_mask)
 
 
 def pair_batch(pairs: Sequence[Pair], reference: Mapping[str, float]) -> TokenBatch:
@@ -165,14 +156,9 @@ class DPOTrainer(Trainer):
 
     def _score(self, trajectories: Sequence[Trajectory], *, adapters: bool = True) -> dict[str, float]:
         """Summed (or mean) log-prob of each response under the present weights, by trajectory id."""
-        scores: dict[str, float] = {}
-        for first in range(0, len(trajectories), SEQUENCES_PER_CALL):
-            part = trajectories[first : first + SEQUENCES_PER_CALL]
-            batch = TokenBatch.from_trajectories(part)
-            logprobs = self.policy.logprobs(batch, temperature=self.config.loss.temperature, adapters=adapters)["logprobs"]
-            found = response_logprobs(logprobs, batch, mean=self.config.loss.mean_logprobs)
-            scores |= zip((t.trajectory_id for t in part), found.tolist(), strict=True)
-        return scores
+        loss = self.config.loss
+        scores = score_responses(self.policy, in_parts(trajectories), temperature=loss.temperature, mean=loss.mean_logprobs, adapters=adapters)
+        return dict(zip((t.trajectory_id for t in trajectories), scores.tolist(), strict=True))
 
     # ---- pairs ---------------------------------------------------------------------------------------------------------------------------
 
@@ -272,22 +258,13 @@ class DPOTrainer(Trainer):
         sides = {side.trajectory_id: side for side in everything}
         loss = self.config.loss
         identity = content_id(self.model_path, str(loss.temperature), str(loss.mean_logprobs), *sides)
-        path = self.folder / "reference.safetensors"
-        if self.run.resume and path.exists():
-            try:
-                with safe_open(path, "pt") as file:
-                    if (file.metadata() or {}).get("identity") == identity:
-                        return dict(zip(sides, file.get_tensor("logprobs").tolist(), strict=True))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot read {path}: {error}. Delete it to have it computed again") from error
-        started = time.perf_counter()
-        scores = self._score(list(sides.values()), adapters=not self.config.policy.lora.rank)
-        with naming_disk_errors(path):
-            temporary = path.with_suffix(".tmp")
-            save_file({"logprobs": torch.tensor(list(scores.values()), dtype=torch.float32)}, temporary, {"identity": identity})
-            temporary.replace(path)
-        print(f"reference log-probs of {len(sides)} responses: {time.perf_counter() - started:.1f} s")
-        return scores
+
+        def compute() -> dict[str, torch.Tensor]:
+            scores = self._score(list(sides.values()), adapters=not self.config.policy.lora.rank)
+            return {"logprobs": torch.tensor(list(scores.values()), dtype=torch.float32)}
+
+        kept = kept_scores(self.folder / "reference.safetensors", identity, compute, reuse=self.run.resume)
+        return dict(zip(sides, kept["logprobs"].tolist(), strict=True))
 
     # ---- actors and state ----------------------------------------------------------------------------------------------------------------
 
