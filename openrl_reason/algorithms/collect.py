@@ -213,18 +213,30 @@ def continued_sample(
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     ids, stop_reason = [*prefix_ids, *completion.token_ids], completion.stop_reason
-    # An engine looks for stop strings in what it writes: one that the prefix began (a trajectory that ended by it may have a step boundary in it) it
-    # does not see, and writes on.
-    text, start = decode(ids), len(decode(prefix_ids)) if stop else 0
-    begun = [(text.find(string, max(0, start - len(string) + 1)), string) for string in stop]
-    ends = [place + len(string) for place, string in begun if 0 <= place < start]
-    if ends:
-        count = next(count for count in range(len(prefix_ids), len(ids) + 1) if len(decode(ids[:count])) >= min(ends))
-        ids, stop_reason = ids[:count], StopReason.STOP_STRING
-        text = decode(ids)
+    count = stop_across(prefix_ids, completion.token_ids, decode, stop)
+    if count is not None:
+        ids, stop_reason = ids[: len(prefix_ids) + count], StopReason.STOP_STRING
+    text = decode(ids)
     return RewardSample(
         prompt=prompt, response=text, item=item, num_tokens=len(ids), stop_reason=str(stop_reason), steps=tuple(split_steps(text, step_kind))
     )
+
+
+def stop_across(prefix_ids: Sequence[int], ids: Sequence[int], decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> int | None:
+    """How many of the ``ids`` after a prefix it takes to complete a stop string that the prefix began; None where there is none.
+
+    An engine looks for stop strings in what it writes: one that the prefix began (a trajectory that ended by it may have a step boundary in it) it
+    does not see, and writes on.
+    """
+    if not stop:
+        return None
+    whole, start = [*prefix_ids, *ids], len(decode(prefix_ids))
+    text = decode(whole)
+    begun = [(text.find(string, max(0, start - len(string) + 1)), string) for string in stop]
+    ends = [place + len(string) for place, string in begun if 0 <= place < start]
+    if not ends:
+        return None
+    return next(count for count in range(len(ids) + 1) if len(decode(whole[: len(prefix_ids) + count])) >= min(ends))
 
 
 def rollout_metrics(rollouts: Rollouts, num_samples: int) -> dict[str, float]:

@@ -16,12 +16,13 @@ from openrl_reason.errors import ConfigError, did_you_mean
 
 StepSplitter = Callable[[str], Sequence[str]]
 
-# Each pattern matches the delimiter; a step ends with it.
-_DELIMITERS = {
-    "newline": re.compile(r"\n"),
+# A step ends with the first of these strings.
+_ENDS = {
+    "newline": ("\n",),
     # OREO's cuts for MATH: a line, a sentence, or a sentence that ends in a formula (arXiv 2412.16145, "period as delimiter").
-    "newline_sentence": re.compile(r"\n|\. |\.\$ "),
+    "newline_sentence": ("\n", ". ", ".$ "),
 }
+_DELIMITERS = {kind: re.compile("|".join(map(re.escape, ends))) for kind, ends in _ENDS.items()}
 # A header opens a step and the lines below continue it; the number is optional ("Thought:" as in ALFWorld, "Thought 2:" as in ReAct).
 _REACT_HEADER = re.compile(r"^(?:Thought|Action|Observation)(?: ?\d+)?:", re.MULTILINE)
 # A line that is not blank, and its line feed.
@@ -66,6 +67,16 @@ def split_steps(text: str, kind: str | StepSplitter) -> list[str]:
     check_step_kind(kind)
     edges = [0, *_cuts(text, kind), len(text)]
     return [text[start:end] for start, end in zip(edges, edges[1:], strict=False) if end > start]
+
+
+def stop_strings(kind: str | StepSplitter) -> tuple[str, ...] | None:
+    """The strings that end a step: where an engine that generates step by step has to stop (none for one step).
+
+    None where the text of a step does not tell that it is over, but only what follows it: such steps are cut when more has been generated.
+    """
+    if kind in ("whole", "response"):
+        return ()
+    return _ENDS.get(kind) if isinstance(kind, str) else None
 
 
 def _cuts(text: str, kind: str) -> Sequence[int]:

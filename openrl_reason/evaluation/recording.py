@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError
-from openrl_reason.workers.rollout_config import Completion, Request
+from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig
 
 
 class RecordingPool:
@@ -31,6 +31,7 @@ class RecordingPool:
 
     def __init__(self, path: Path, identity: str, *, resume: bool) -> None:
         self.path = path
+        self._ready: list[Completion] = []
         self.known: dict[str, Completion] = read_completions(path, identity) if resume else {}
         # Written anew and renamed, rather than appended to: a killed writer may have left half a line.
         unfinished = path.with_name(f".unfinished-{path.name}")
@@ -50,6 +51,28 @@ class RecordingPool:
         for completion in self.pool.generate(missing) if missing else ():
             self._write(_as_json(completion))
             yield completion
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """As the pool's; what the file has is there at the next ``poll``."""
+        requests = list(requests)
+        self._ready += [self.known[request.request_id] for request in requests if request.request_id in self.known]
+        missing = [request for request in requests if request.request_id not in self.known]
+        if missing:
+            self.pool.submit(missing)
+
+    def poll(self) -> list[Completion]:
+        """As the pool's."""
+        if self._ready:
+            ready, self._ready = self._ready, []
+            return ready
+        completions = self.pool.poll()
+        self._write(*map(_as_json, completions))
+        return completions
+
+    @property
+    def config(self) -> RolloutConfig:
+        """The pool's."""
+        return self.pool.config
 
     def stats(self) -> dict[str, float]:
         """The pool's."""

@@ -87,7 +87,7 @@ def check_scalar_folder(path: str, tokenizer: Any, length: int, *, flag: str, tr
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions < length:
         raise DataError(f"{where} has {positions} positions, and sequences have up to {length} tokens")
-    if _has_head(config) and config.num_labels != 1:
+    if has_scalar_head(config) and config.num_labels != 1:
         raise DataError(f"{where} has a head of {config.num_labels} labels; one number for each token is needed here")
     for name, shape in _shapes(path).items():
         if name == "score.weight" and list(shape) != [1, config.hidden_size]:
@@ -135,7 +135,7 @@ def load_scalar_model(
     require(head_init in HEAD_INITS, "head_init", head_init, f"use one of {', '.join(HEAD_INITS)}")
     disable_progress_bar()
     config = load_config(path, trust_remote_code=trust_remote_code)
-    has_head = _has_head(config)
+    has_head = has_scalar_head(config)
     if has_head and config.num_labels != num_labels:
         raise DataError(f"{path} has a head of {config.num_labels} labels; {num_labels} are needed here")
     config.num_labels, config.classifier_dropout = num_labels, 0.0
@@ -156,7 +156,8 @@ def load_scalar_model(
     return model
 
 
-def _has_head(config: PretrainedConfig) -> bool:
+def has_scalar_head(config: PretrainedConfig) -> bool:
+    """Whether the model of this config brings a head with numbers for tokens (or sequences)."""
     kinds = ("ForTokenClassification", "ForSequenceClassification")
     return any(name.endswith(kinds) for name in config.architectures or ())
 

@@ -130,6 +130,10 @@ class BranchCall:
         self.counts["requests"] += len(requests)
         self.counts["prompt_tokens"] += len(requests) * len(prefix.token_ids)
 
+    def forget(self, key: str) -> None:
+        """Drops what is remembered of a prefix whose samples are all there and that nobody asks for again (a search leaves many behind)."""
+        self._asked.pop(key, None)
+
     def _request(self, prefix: Prefix, ids: list[int], key: str, sample: int, budget: int) -> Request:
         seed = derive_seed(*self._seed, key.partition("+")[0], sample)
         sampling = replace(self.sampling, max_new_tokens=budget)
