@@ -1,5 +1,6 @@
 """OREO and implicit process rewards: closed forms, the published fixed point, gradient identities."""
 
+import functools
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from openrl_reason.core.losses import implicit_process_rewards, oreo_policy_loss, oreo_value_loss
-from openrl_reason.core.losses_offline import OREO_LEVELS, step_offsets
+from openrl_reason.core.losses_offline import OREO_LEVELS, first_states, hinge_loss, importance_weights, step_offsets
 
 # --- OREO -------------------------------------------------------------------------------------------------------------------------------
 
@@ -39,6 +40,11 @@ def naive_oreo(inputs, beta, level):
         used = states[:1] if level == "response" else states
         for position, t in enumerate(used):
             following = states[position + 1] if position + 1 < len(states) else end
+            if level == "one_step":
+                own = sum(ratio[i] for i in actions if t <= i < following)
+                after = inputs["values"][following].detach() if following < end else inputs["rewards_B"][b]
+                total = total + (inputs["values"][t].detach() - after + beta * own) ** 2 / len(used)
+                continue
             reach = {"token": t + 1, "step": following, "response": end, "no_stop_gradient": end, None: t}[level]
             tail = sum((ratio[i] if i < reach else ratio[i].detach()) for i in actions if i >= t)
             value = inputs["values"][t] if level is None else inputs["values"][t].detach()
@@ -65,6 +71,59 @@ def test_oreo_losses_and_gradients_equal_the_definition_written_as_loops(level, 
     active = 1 if level is None else 0
     torch.testing.assert_close(gradients[active], naive_gradients[active])
     assert gradients[1 - active] is None or not gradients[1 - active].any()
+
+
+@pytest.mark.parametrize("level", [*OREO_LEVELS, None])
+def test_rewards_of_steps_count_from_the_state_on(level):
+    """Returns that are the whole reward at every token change nothing; a reward paid before a state is no part of that state's return."""
+    inputs = random_oreo(seed=4)
+    run = oreo_value_loss if level is None else functools.partial(oreo_policy_loss, level=level)
+    everywhere = torch.cat([r.expand(n) for r, n in zip(inputs["rewards_B"], inputs["cu_seqlens"].diff().tolist(), strict=True)])
+    torch.testing.assert_close(run(**inputs, beta=0.3, returns=everywhere), run(**inputs, beta=0.3))
+    falling = everywhere - torch.arange(len(everywhere)) * 0.1
+    shifted = inputs | {"values": inputs["values"] + falling - everywhere}
+    torch.testing.assert_close(run(**shifted, beta=0.3, returns=falling)[0], run(**inputs, beta=0.3)[0])
+
+
+@pytest.mark.parametrize("level", [*OREO_LEVELS, None])
+def test_weights_of_sequences_and_the_average_over_states(level):
+    inputs, weights = random_oreo(seed=5), torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    run = oreo_value_loss if level is None else functools.partial(oreo_policy_loss, level=level)
+    alone = []
+    for b, (first, last) in enumerate(itertools.pairwise(inputs["cu_seqlens"].tolist())):
+        piece = {name: tensor[first:last] for name, tensor in inputs.items() if name not in ("cu_seqlens", "rewards_B")}
+        piece |= dict(cu_seqlens=torch.tensor([0, last - first]), rewards_B=inputs["rewards_B"][b : b + 1])
+        states = first_states(piece["state_mask"], piece["cu_seqlens"]) if level == "response" else piece["state_mask"]
+        alone.append((run(**piece, beta=0.3)[0], int(states.sum())))
+    expected = sum(weight * loss for weight, (loss, _) in zip(weights, alone, strict=True)) / 4
+    torch.testing.assert_close(run(**inputs, beta=0.3, sequence_weights=weights)[0], expected)
+    expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    torch.testing.assert_close(run(**inputs, beta=0.3, average="state")[0], expected)
+
+
+def test_importance_weights_and_the_clip_of_log_ratios_by_hand():
+    cu_seqlens, mask = torch.tensor([0, 3, 5]), torch.tensor([False, True, True, False, True])
+    logprobs, ref_logprobs = torch.tensor([9.0, -1.0, -2.0, 9.0, -1.0]), torch.tensor([0.0, -2.0, -4.0, 0.0, -0.5])
+    assert importance_weights(logprobs, ref_logprobs, mask, cu_seqlens).tolist() == pytest.approx([math.e, math.exp(-0.5)])
+    values = torch.zeros(5)
+    loss, metrics = oreo_value_loss(values, logprobs, ref_logprobs, torch.zeros(2), mask, mask, cu_seqlens, beta=1.0, clip_log_ratio=2.5)
+    assert float(loss) == pytest.approx(((2.5**2 + 2.0**2) / 2 + 0.25) / 2)
+    assert float(metrics["oreo_value/clipped"]) == pytest.approx(0.25)
+
+
+def test_the_hinge_pulls_right_responses_up_to_the_reference_and_no_further():
+    inputs = random_oreo(seed=6)
+    inputs["logprobs"].requires_grad_()
+    positive = torch.tensor([True, False, True, True])
+    keys = ("logprobs", "ref_logprobs", "action_mask", "state_mask", "cu_seqlens")
+    loss, _ = hinge_loss(*(inputs[key] for key in keys), positive)
+    tails = []
+    for b, (first, last) in enumerate(itertools.pairwise(inputs["cu_seqlens"].tolist())):
+        if positive[b] and inputs["state_mask"][first:last].any():
+            ratio = torch.where(inputs["action_mask"], inputs["logprobs"] - inputs["ref_logprobs"], 0.0)[first:last]
+            tails.append((-ratio[int(inputs["state_mask"][first:last].int().argmax()) :].sum()).clamp(min=0))
+    torch.testing.assert_close(loss, sum(tails) / 3)
+    assert loss > 0
 
 
 def residuals(inputs, beta):
