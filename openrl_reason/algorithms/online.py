@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig
 from openrl_reason.workers.placement import Placement, Role
+
+if TYPE_CHECKING:
+    from openrl_reason.workers.model_group import ModelGroup
 
 
 class OnlineTrainer(Trainer):
@@ -98,6 +101,7 @@ class OnlineTrainer(Trainer):
             batch, metrics = self.credit(rollouts)
             metrics |= self.update(batch)
         else:  # allowed by max_failed_rate: nothing to learn from this time
+            self.skip_updates()
             metrics = {"rollout/ungraded": float(len(rollouts.results)), "train/skipped_update": 1.0}
         if self.reference and batch is not None and "train/kl" in metrics:
             metrics["train/kl_coef"] = self.kl.coefficient
@@ -162,14 +166,12 @@ class OnlineTrainer(Trainer):
     def update_policy(self, batch: TokenBatch) -> dict[str, float]:
         """``epochs`` x ``minibatches`` optimiser steps; a minibatch holds whole prompts. Metrics are means over the optimiser steps."""
         started, algo, history = time.perf_counter(), self.config.algo, []
-        for epoch in range(algo.epochs):
-            for indices in self.minibatches(batch, epoch):
-                part = batch if indices is None else batch.select(indices)
-                weights, denominator = loss_weights(part, self._reduction, max_response_tokens=self.config.sampling.max_new_tokens)
-                part = part.with_tokens(loss_weights=weights)
-                denominators = {"loss": denominator, "tokens": float(part.num_actions)}
-                loss, temperature = PolicyGradientLoss(algo, self.kl.coefficient), self.config.sampling.temperature
-                history.append(self.policy.update(part, loss, denominators, temperature=temperature, with_entropy=True))
+        for part in self.parts(batch, self.policy):
+            weights, denominator = loss_weights(part, self._reduction, max_response_tokens=self.config.sampling.max_new_tokens)
+            part = part.with_tokens(loss_weights=weights)
+            denominators = {"loss": denominator, "tokens": float(part.num_actions)}
+            loss, temperature = PolicyGradientLoss(algo, self.kl.coefficient), self.config.sampling.temperature
+            history.append(self.policy.update(part, loss, denominators, temperature=temperature, with_entropy=True))
         metrics = update_metrics(history)
         difference = metrics["sampling/logprob_difference/mean"]
         if self.config.max_logprob_difference and not difference <= self.config.max_logprob_difference:
@@ -181,6 +183,20 @@ class OnlineTrainer(Trainer):
         metrics["timing/update"] = time.perf_counter() - started
         metrics["perf/trained_tokens_per_second"] = batch.num_tokens * algo.epochs / metrics["timing/update"]
         return metrics
+
+    def parts(self, batch: TokenBatch, group: ModelGroup) -> Iterator[TokenBatch]:
+        """The minibatches of all epochs, for ``group`` to learn from. Those without a single graded response are left out, and its learning rate
+        goes on as if they had come first: so the last update of the run has the schedule's last rate."""
+        minibatches = [indices for epoch in range(self.config.algo.epochs) for indices in self.minibatches(batch, epoch)]
+        missing = self._updates_per_step - len(minibatches)
+        if missing:
+            group.skip_updates(missing)
+        for indices in minibatches:
+            yield batch if indices is None else batch.select(indices)
+
+    def skip_updates(self) -> None:
+        """Not one response of the step has a reward: learning rates go on as if its updates had been taken."""
+        self.policy.skip_updates(self._updates_per_step)
 
     def minibatches(self, batch: TokenBatch, epoch: int) -> list[list[int] | None]:
         """Sequence indices of each minibatch: prompts are shuffled by (seed, step, epoch), siblings stay together."""

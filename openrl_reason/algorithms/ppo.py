@@ -147,13 +147,16 @@ class PPOTrainer(OnlineTrainer):
         """The critic's part: the same epochs and minibatches as the policy's."""
         started, algo, history = time.perf_counter(), self.config.algo, []
         with self._critic_here() as critic:
-            for epoch in range(algo.epochs):
-                for indices in self.minibatches(batch, epoch):
-                    part = batch if indices is None else batch.select(indices)
-                    history.append(critic.update(part, CriticLoss(algo.value_clip), {"tokens": float(part.num_actions)}))
+            for part in self.parts(batch, critic):
+                history.append(critic.update(part, CriticLoss(algo.value_clip), {"tokens": float(part.num_actions)}))
         metrics = update_metrics(history)
         metrics["timing/update"] = time.perf_counter() - started
         return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
+
+    def skip_updates(self) -> None:
+        self.critic.skip_updates(self._updates_per_step)
+        if self.done >= self.config.critic.warmup_steps:  # before that the policy's schedule has not begun
+            super().skip_updates()
 
     # ---- the run -------------------------------------------------------------------------------------------------------------
 

@@ -246,6 +246,10 @@ class ModelGroup:
         """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step``: for training in rounds, each with its own."""
         self._call_all("set_schedule", total_steps, step)
 
+    def skip_updates(self, count: int) -> None:
+        """The learning-rate schedule goes on as if ``count`` updates had been taken: for planned ones that have nothing to learn from."""
+        self._call_all("skip_updates", count)
+
     # ---- weights and checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_state(self, folder: str | Path, step: int | None = None) -> None:

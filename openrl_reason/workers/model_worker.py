@@ -221,6 +221,10 @@ class ModelWorker:
         """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step`` (0-based)."""
         self.total_steps, self.step = total_steps, step
 
+    def skip_updates(self, count: int) -> None:
+        """The learning-rate schedule goes on as if ``count`` updates had been taken; nothing else changes."""
+        self.step += count
+
     def start_average(self, decay: float) -> None:
         """From now on a moving average of the trained weights follows every optimiser step (``logprobs(average=True)`` scores with it)."""
         self.average = WeightAverage([p for p in self.model.parameters() if p.requires_grad], decay)

@@ -1,12 +1,14 @@
 """Credit of PPO and loss of its critic, without actors: naive loops over time, cuts of the batch, warm-up, refused settings."""
 
 import math
+import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from openrl_reason.algorithms import online
 from openrl_reason.algorithms.collect import Rollouts
 from openrl_reason.algorithms.online_config import KLConfig, ReferenceConfig
 from openrl_reason.algorithms.ppo import WHITENINGS, CriticConfig, CriticLoss, PPOAlgoConfig, PPOConfig, PPOTrainer, value_metrics, whitened
@@ -19,6 +21,7 @@ from openrl_reason.errors import ConfigError
 from openrl_reason.models.policy import ModelOutput
 from openrl_reason.rewards.base import RewardResult
 from openrl_reason.rewards.config import RewardConfig
+from openrl_reason.workers.model_config import TrainedModelConfig, learning_rate
 
 LENGTHS = [3, 9, 1, 14, 6, 2]
 
@@ -223,6 +226,55 @@ def test_critic_and_policy_see_the_same_minibatches():
     assert turns == ["reload", "offload"] * 2, "for the values, and for the updates"
     for (one, _), (two, _) in zip(trainer.critic.updates, trainer.policy.updates, strict=True):
         assert torch.equal(one.token_ids, two.token_ids)
+
+
+class Scheduled(Fixed):
+    """A group whose ranks count updates; ``rates`` are the learning rates of those that it took."""
+
+    def __init__(self, total):
+        super().__init__(None)
+        self.config, self.total, self.step, self.rates = TrainedModelConfig(lr=1.0, min_lr_ratio=0.1), total, 0, []
+
+    def logprobs(self, batch, temperature):
+        return {"logprobs": torch.zeros(batch.num_tokens)}
+
+    def values(self, batch):
+        return torch.zeros(batch.num_tokens)
+
+    def update(self, *args, **kwargs):
+        self.rates.append(learning_rate(self.config, self.step, self.total))
+        self.step += 1
+        return super().update(*args, **kwargs)
+
+    def skip_updates(self, count):
+        self.step += count
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("failures", [{}, {0: range(6), 2: range(6), 3: range(3), 5: range(3, 6), 7: range(3)}])
+def test_updates_that_have_nothing_to_learn_from_do_not_hold_the_schedules_up(warmup, failures, monkeypatch):
+    """``failures``: ungraded places by step; all six are the whole collection, three a prompt, which is one of two minibatches."""
+    config = PPOConfig(
+        run=RunConfig(steps=8), prompts_per_step=2, samples_per_prompt=3, critic=CriticConfig(warmup_steps=warmup),
+        algo=PPOAlgoConfig(epochs=2, minibatches=2), reward=RewardConfig(max_failed_rate=1.0),
+    )  # fmt: skip
+    trainer = PPOTrainer(config)
+    trainer.policy, trainer.critic, trainer.reference = Scheduled(trainer.policy_updates), Scheduled(8 * 4), None
+    trainer.log, trainer.tokenizer = types.SimpleNamespace(rollouts=lambda records: None), None
+    monkeypatch.setattr(trainer, "sync", lambda version: {})
+    monkeypatch.setattr(online, "readable", lambda *args, **kwargs: [])
+    for trainer.done in range(8):
+        samples = episodes()
+        for place in failures.get(trainer.done, ()):
+            samples.results[place] = RewardResult(math.nan, "error")
+        monkeypatch.setattr(trainer, "collect", lambda samples=samples: samples)
+        metrics = trainer.step()
+        assert metrics.get("train/skipped_update", 0.0) == (len(failures.get(trainer.done, ())) == 6)
+        assert trainer.critic.step == 4 * (trainer.done + 1) and trainer.policy.step == 4 * max(0, trainer.done + 1 - warmup)
+    for group, first in ((trainer.critic, 0), (trainer.policy, warmup)):
+        left_out = sum(4 if len(places) == 6 else 2 for step, places in failures.items() if step >= first)
+        assert len(group.rates) == group.total - left_out
+        assert group.rates[-1] == pytest.approx(0.1) == min(group.rates[1:])
 
 
 # ---- refused settings --------------------------------------------------------------------------------------------------------

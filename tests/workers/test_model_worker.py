@@ -191,6 +191,18 @@ def test_the_learning_rate_follows_the_schedule_to_its_end(path):
     assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4])
 
 
+def test_skipped_updates_move_the_schedule_and_nothing_else(path):
+    batch, settings = random_batch([8]), dict(total_steps=5, schedule="linear", min_lr_ratio=0.1)
+    straight, skipping = trained(path, **settings), trained(path, **settings)
+    rates = [step(straight, batch)["lr"] for _ in range(5)]
+    found = [step(skipping, batch)["lr"]]
+    before = full_weights(skipping)
+    skipping.skip_updates(3)
+    assert all(torch.equal(before[name], weight) for name, weight in full_weights(skipping).items())
+    found.append(step(skipping, batch)["lr"])
+    assert found == [rates[0], rates[4]] and found[1] == pytest.approx(1e-3) and skipping.step == 5
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_lora_trains_the_adapters_alone_and_merges_them_into_what_it_publishes(path, tmp_path, stage):
     from transformers import AutoModelForCausalLM
