@@ -258,8 +258,8 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
     data = PairData(counts=Counter(rows=0))
     for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split)):
         data.counts["rows"] += 1
-        prompt, chosen, rejected = _texts(row, config)
-        if _is_empty(chosen) or _is_empty(rejected):
+        prompt, chosen, rejected = pair_texts(row, config)
+        if is_empty(chosen) or is_empty(rejected):
             data.counts["empty"] += 1
             continue
         named = {config.chosen_key: chosen, config.rejected_key: rejected}
@@ -274,8 +274,10 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
     return data
 
 
-def _texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected): three texts, or three lists of messages."""
+def pair_texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected): three texts, or three lists of messages. Of ``config`` the names of the columns count alone.
+
+    Without a prompt it is what both sides begin with. Raises DataError, naming the row, for anything else."""
     chosen, rejected = row.values[config.chosen_key], row.values[config.rejected_key]
     prompt = row.values.get(config.prompt_key) if config.prompt_key else None
     for key, value in ((config.chosen_key, chosen), (config.rejected_key, rejected), (config.prompt_key, prompt)):
@@ -320,7 +322,8 @@ def _shared_beginning(row: Row, config: PairsConfig, chosen: list[Any], rejected
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _is_empty(response: str | list[Any]) -> bool:
+def is_empty(response: str | list[Any]) -> bool:
+    """Whether a response, text or messages, says nothing."""
     if isinstance(response, str):
         return not response.strip()
     contents = [message.get("content") for message in response if isinstance(message, dict) and message.get("role") == "assistant"]

@@ -15,6 +15,7 @@ import numpy as np
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.readers import Row, read_rows
+from openrl_reason.data.templates import incremental_turns
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
 from openrl_reason.tasks.base import render_chat
 
@@ -166,21 +167,12 @@ def _messages(row: Row, key: str) -> list[dict[str, str]]:
 
 def _chat_pieces(row: Row, messages: Sequence[dict[str, Any]], first_learned: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Cut the rendered conversation where replies begin and end, by rendering it up to there: what the model sees when it replies."""
-    pieces: list[Piece] = []
-    done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first_learned:
-            continue
-        before = render_chat(messages[:index], tokenizer)
-        after = render_chat(messages[: index + 1], tokenizer, add_generation_prompt=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise DataError(
-                f"{row.where}: the chat template writes earlier turns differently once later ones follow, so this conversation has no "
-                "single token sequence; give one row per assistant turn"
-            )
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    return pieces
+
+    def render(part: Sequence[dict[str, Any]], reply_follows: bool) -> str:
+        return render_chat(part, tokenizer, add_generation_prompt=reply_follows)
+
+    turns = incremental_turns(messages, first_learned, render, row.where)
+    return [piece for _, context, reply in turns for piece in ((context, False), (reply, True))]
 
 
 def _trajectory(index: int, row: Row, token_ids: list[int], turns: list[int]) -> Trajectory:

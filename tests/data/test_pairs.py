@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openrl_reason.core.trajectory import StopReason, Trajectory, write_jsonl, write_parquet
-from openrl_reason.data.pairs import PairBuilder, PairsConfig, _texts, build_pairs, read_pairs, read_samples
+from openrl_reason.data.pairs import PairBuilder, PairsConfig, build_pairs, pair_texts, read_pairs, read_samples
 from openrl_reason.data.readers import Row
 from openrl_reason.errors import ConfigError, DataError
 from tests.helpers_models import write_tiny_model
@@ -207,11 +207,11 @@ def test_the_preference_layouts_of_trl_and_openrlhf_give_one_pair(tmp_path, toke
 )
 def test_an_implicit_prompt_ends_at_a_word(chosen, rejected, prompt):
     row = Row("pairs.jsonl:1", {"chosen": chosen, "rejected": rejected})
-    found = _texts(row, PairsConfig(path="pairs.jsonl", prompt_key=""))
+    found = pair_texts(row, PairsConfig(path="pairs.jsonl", prompt_key=""))
     assert found == (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
     for other in ("Xx", " The", ""):
         with pytest.raises(DataError, match="must begin with the same words"):
-            _texts(Row("pairs.jsonl:1", {"chosen": chosen, "rejected": other}), PairsConfig(path="pairs.jsonl", prompt_key=""))
+            pair_texts(Row("pairs.jsonl:1", {"chosen": chosen, "rejected": other}), PairsConfig(path="pairs.jsonl", prompt_key=""))
 
 
 def test_rows_that_teach_nothing_are_counted(tmp_path, tokenizer):

@@ -1,0 +1,155 @@
+"""Conversations as text, cut exactly where the policy's turns begin and end.
+
+Everything here is incremental: a turn's context is what the model would have been given to reply to, and what it replied must continue it to
+the letter. A template that writes earlier turns differently once later ones follow (one that drops old thoughts, say) is refused with the number
+of the turn, since such a conversation is no single sequence that a policy could have written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.tasks.prompts import render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+"""{role, content}."""
+
+
+class Turn(NamedTuple):
+    """One reply of the policy, and what stands between the reply before it and this one."""
+
+    context: str
+    """What the policy is given: other roles' messages, and the markup around them and around the reply."""
+    reply: str
+    """What the policy says."""
+    end: str
+    """The end-of-turn token behind it; empty where the template has none."""
+
+
+@dataclass(frozen=True)
+class Markup:
+    """A template as the text around the messages of each role; ``{role}`` stands for the role's name."""
+
+    opening: Mapping[str, str] = field(default_factory=dict)
+    """In front of a message, by role; the entry "" is for the others."""
+    closing: Mapping[str, str] = field(default_factory=dict)
+    """Behind a message of another role than the assistant's."""
+    turn_end: str = ""
+    """The token that ends a message of the assistant; "{eos}" is the tokenizer's EOS token."""
+    gap: str = ""
+    """What a message of the assistant is followed by, after its end."""
+    strip: bool = False
+    """Whether blanks around a message are dropped, as the published template does."""
+
+
+MARKUPS = {
+    "chatml": Markup(
+        opening={"": "<|im_start|>{role}\n"}, closing={"": "<|im_end|>\n"}, turn_end="<|im_end|>", gap="\n"
+    ),
+    "llama3": Markup(
+        opening={"": "<|start_header_id|>{role}<|end_header_id|>\n\n"}, closing={"": "<|eot_id|>"}, turn_end="<|eot_id|>", strip=True
+    ),
+    "minicpm": Markup(opening={"user": "<用户>"}, closing={"user": "<AI>"}, strip=True),
+    "plain": Markup(closing={"": "\n"}, turn_end="{eos}", gap="\n"),
+}  # fmt: skip
+"""The built-in templates. They begin with the BOS token where the tokenizer puts one in front of a text, and add no system message."""
+
+
+def template_turns(messages: Sequence[Message], first_turn: int, template: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Turn]:
+    """The assistant's messages from index ``first_turn`` on, as turns; what follows the last of them is left out.
+
+    ``template``: a name of ``MARKUPS``, or "tokenizer" for the tokenizer's own. ``where`` leads the errors. Raises DataError where the template
+    does not extend by prefix or changes what the assistant says; ConfigError if the tokenizer has no template."""
+    if template != "tokenizer":
+        return list(_markup_turns(messages, first_turn, MARKUPS[template], tokenizer.eos_token))
+    turns, carried = [], ""
+    for index, context, text in incremental_turns(messages, first_turn, lambda part, reply: _render(part, reply, tokenizer), where):
+        reply, end, rest = _split_reply(text, messages[index]["content"], tokenizer, f"{where}: message {index}")
+        turns.append(Turn(carried + context, reply, end))
+        carried = rest
+    return turns
+
+
+def incremental_turns(
+    messages: Sequence[Message], first_turn: int, render: Callable[[Sequence[Message], bool], str], where: str
+) -> Iterator[tuple[int, str, str]]:
+    """(index, context, text) of each message of the assistant from index ``first_turn`` on; the pieces join to the rendered conversation.
+
+    ``render(messages, reply_follows)`` gives the text up to there: what the model sees when it replies, or after it has. Raises DataError,
+    naming the message, where one rendering does not continue the one before."""
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first_turn:
+            continue
+        before, after = render(messages[:index], True), render(messages[: index + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise DataError(
+                f"{where}: message {index}: the chat template writes earlier turns differently once later ones follow, so this conversation has "
+                "no single token sequence; give one row per assistant turn, or use another template"
+            )
+        yield index, before[len(done) :], after[len(before) :]
+        done = after
+
+
+def _markup_turns(messages: Sequence[Message], first_turn: int, markup: Markup, eos: str) -> Iterator[Turn]:
+    turn_end, context = markup.turn_end.replace("{eos}", eos), ""
+    for index, message in enumerate(messages):
+        role = message["role"]
+        content = message["content"].strip() if markup.strip else message["content"]
+        context += markup.opening.get(role, markup.opening.get("", "")).replace("{role}", role)
+        if role != "assistant":
+            context += content + markup.closing.get(role, markup.closing.get("", ""))
+        elif index < first_turn:
+            context += content + turn_end + markup.gap
+        else:
+            yield Turn(context, content, turn_end)
+            context = markup.gap
+
+
+def _render(messages: Sequence[Message], reply_follows: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+    return render_chat([dict(message) for message in messages], tokenizer, add_generation_prompt=reply_follows)
+
+
+def _split_reply(text: str, content: str, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str, str]:
+    """(reply, end-of-turn token, rest) of what a template made of a message. The rest (a line feed, mostly) is nobody's: it is context."""
+    said = content.strip()
+    place = text.find(said)
+    if place < 0 or text[:place].strip():
+        raise DataError(
+            f"{where}: the chat template changes what the assistant says ({text[:60]!r} for {content[:60]!r}), so it cannot be told which tokens are "
+            "the policy's; use another template"
+        )
+    stop = place + len(said)
+    blanks = content[len(content.rstrip()) :]
+    if text[stop:].startswith(blanks):
+        stop += len(blanks)
+    reply, tail = text[:stop], text[stop:]
+    ends = [(tail.find(token), token) for token in _turn_tokens(tokenizer) if token in tail]
+    if tokenizer.eos_token in tail:
+        ends = [(tail.find(tokenizer.eos_token), tokenizer.eos_token)]
+    if not ends:
+        return reply, "", tail
+    start, token = min(ends)
+    return reply, tail[: start + len(token)], tail[start + len(token) :]
+
+
+def _turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(token) for token in tokenizer.get_added_vocab()]
+
+
+def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """ "auto" for messages is the tokenizer's own template. Raises ConfigError if it has none, or lacks a built-in one's tokens."""
+    if template in ("auto", "tokenizer"):
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"--data.template is {template!r}, and the data are chat messages, but the tokenizer has no chat template: name one of "
+                f"{', '.join(MARKUPS)}, use an instruction-tuned model, or put a chat_template.jinja into the model's folder"
+            )
+        return "tokenizer"
+    return template
