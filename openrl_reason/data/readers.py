@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,23 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+class Part(NamedTuple):
+    """A stretch of a source that is read on its own: bytes of JSON lines, row groups of Parquet, rows of a saved folder or of the hub."""
+
+    start: int = 0
+    stop: int = -1
+    """-1: to the end."""
+    first: int = 0
+    """Lines or rows before it, for error messages."""
+
+
+WHOLE = Part()
+"""All of a source; of JSON lists and CSV files there is no other part."""
+
+OnBad = Callable[[DataError], None]
+"""Told of a record that does not read; reading then goes on behind it."""
+
+
 def read_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, split: str = "train", limit: int = 0) -> list[Row]:
     """All rows (at most ``limit``; 0: no limit) of :func:`iter_rows`. Raises DataError also when there are none."""
     rows = []
@@ -35,13 +52,16 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, spli
     return rows
 
 
-def iter_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, split: str = "train") -> Iterator[Row]:
+def iter_rows(
+    path: str | os.PathLike[str], columns: Sequence[str] = (), *, split: str = "train", part: Part = WHOLE, on_bad: OnBad | None = None
+) -> Iterator[Row]:
     """Rows one by one. ``path``: a .jsonl, .json, .txt (JSON lines), .csv or .parquet file, a folder saved by datasets, or a hub name
     ``org/name[:config]``.
 
     ``columns`` must be present in every row; ``split`` applies to the hub and to saved folders. A .json file may hold a list of objects
-    or one object a line. Raises DataError for a missing or malformed file or column, with the line and the nearest existing name."""
-    for row in _rows(str(path), split):
+    or one object a line. ``on_bad`` takes the errors of single lines and list entries, which are otherwise raised. Raises DataError for a
+    missing or malformed file or column, with the line and the nearest existing name."""
+    for row in _rows(str(path), split, part, on_bad):
         missing = [column for column in columns if column not in row.values]
         if missing:
             names = list(row.values)
@@ -50,25 +70,25 @@ def iter_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, spli
         yield row
 
 
-def _rows(path: str, split: str) -> Iterator[Row]:
+def _rows(path: str, split: str, part: Part, on_bad: OnBad | None) -> Iterator[Row]:
     file = Path(path).expanduser()
     if file.is_dir():
-        return _read_saved(file, split)
+        return _read_saved(file, split, part)
     if not file.exists():
         if _HUB_NAME.fullmatch(path) and file.suffix not in SUFFIXES:
-            return _read_hub(path, split)
+            return _numbered(load_hub(path, split), f"{path}/{split}", part)
         siblings = os.listdir(file.parent) if file.parent.is_dir() else []
         raise DataError(f"there is no file {path}{did_you_mean(file.name, siblings)}")
     if file.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     if file.suffix in (".jsonl", ".ndjson", ".txt"):  # LogiQA 2.0 and its like: one JSON object a line in a .txt file
-        return _read_json_lines(file)
+        return _read_json_lines(file, part, on_bad)
     if file.suffix == ".json":
-        return _read_json(file)
+        return _read_json(file, on_bad)
     if file.suffix == ".csv":
-        return _read_csv(file)
+        return _read_csv(file, on_bad)
     if file.suffix == ".parquet":
-        return _read_parquet(file)
+        return _read_parquet(file, part)
     raise DataError(f"{path}: files of type {file.suffix or 'no suffix'} are not read; use {', '.join(SUFFIXES)}")
 
 
@@ -78,35 +98,48 @@ def _as_row(where: str, value: Any) -> Row:
     return Row(where, value)
 
 
-def _read_json_lines(file: Path) -> Iterator[Row]:
+def _read_json_lines(file: Path, part: Part = WHOLE, on_bad: OnBad | None = None) -> Iterator[Row]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        lines.seek(part.start)
+        place = part.start
+        for number, line in enumerate(lines, start=part.first + 1):
+            if 0 <= part.stop <= place:
+                return
+            place += len(line)
             if not line.strip():
                 continue
-            where = f"{file}:{number}"
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}") from None
-            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-                raise DataError(f"{where}: malformed JSON: {error}") from None
-            yield _as_row(where, value)
+                yield _line_row(f"{file}:{number}", line, number)
+            except DataError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+
+
+def _line_row(where: str, line: bytes, number: int) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DataError(f"{where}: malformed JSON: {error}") from None
+    return _as_row(where, value)
 
 
 def _excerpt(text: str, position: int) -> str:
     return repr(text[max(0, position - 20) : position + 20])
 
 
-def _read_json(file: Path) -> Iterator[Row]:
+def _read_json(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, as the hub's .json files often are
-            yield from _read_json_lines(file)
+            yield from _read_json_lines(file, WHOLE, on_bad)
             return
         where = f"{file}:{error.lineno}"
         raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}") from None
@@ -118,17 +151,27 @@ def _read_json(file: Path) -> Iterator[Row]:
     if not isinstance(value, list):
         raise DataError(f"{file}: expected a list of objects, found {type(value).__name__}")
     for number, entry in enumerate(value):
-        yield _as_row(f"{file}, row {number}", entry)
+        value[number] = None  # read once: its memory is free again behind the reader
+        try:
+            yield _as_row(f"{file}, row {number}", entry)
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
 
 
-def _read_csv(file: Path) -> Iterator[Row]:
+def _read_csv(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restkey="", strict=True)
             for values in reader:
                 where = f"{file}:{reader.line_num}"
                 if "" in values or None in values.values():
-                    raise DataError(f"{where}: the number of fields differs from the header's {len(reader.fieldnames or ())}")
+                    error = DataError(f"{where}: the number of fields differs from the header's {len(reader.fieldnames or ())}")
+                    if on_bad is None:
+                        raise error
+                    on_bad(error)
+                    continue
                 yield Row(where, values)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 ({error.reason})") from None
@@ -136,14 +179,15 @@ def _read_csv(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: malformed CSV: {error}") from None
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path, part: Part) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
+            number = part.first
+            groups = range(part.start, part.stop if part.stop >= 0 else table.num_row_groups)
+            for batch in table.iter_batches(batch_size=1024, row_groups=list(groups)):
                 for values in batch.to_pylist():
                     yield Row(f"{file}, row {number}", values)
                     number += 1
@@ -159,29 +203,44 @@ def _import_datasets(purpose: str):
     return datasets
 
 
-def _read_saved(folder: Path, split: str) -> Iterator[Row]:
-    if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+def is_saved_folder(folder: Path) -> bool:
+    """Whether datasets' ``save_to_disk`` wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _read_saved(folder: Path, split: str, part: Part) -> Iterator[Row]:
+    if not is_saved_folder(folder):
         files = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
         hint = f"; it holds {', '.join(files[:5])}: name one of them" if files else ""
         raise DataError(f"{folder} is a folder, and not one saved by datasets{hint}")
+    return _numbered(load_saved(folder, split), str(folder), part)
+
+
+def load_saved(folder: Path, split: str) -> Any:
+    """The ``datasets.Dataset`` of a folder. Raises DataError if it has several splits, and not this one."""
     loaded = _import_datasets(f"reading the folder {folder}").load_from_disk(str(folder))
     if isinstance(loaded, dict):
         if split not in loaded:
             raise DataError(f"{folder} has no split {split!r}; there are: {', '.join(loaded)}")
         loaded = loaded[split]
-    for number, values in enumerate(loaded):
-        yield Row(f"{folder}, row {number}", values)
+    return loaded
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def _numbered(loaded: Any, name: str, part: Part) -> Iterator[Row]:
+    if part != WHOLE:
+        loaded = loaded.select(range(part.start, part.stop if part.stop >= 0 else len(loaded)))
+    for number, values in enumerate(loaded, start=part.first):
+        yield Row(f"{name}, row {number}", values)
+
+
+def load_hub(name: str, split: str) -> Any:
+    """The ``datasets.Dataset`` of a hub name ``org/name[:config]``. Raises DataError, with what to do without a network."""
     datasets = _import_datasets(f"reading {name} from the hub")
     repository, _, configuration = name.partition(":")
     try:
-        loaded = datasets.load_dataset(repository, configuration or None, split=split)
+        return datasets.load_dataset(repository, configuration or None, split=split)
     except (OSError, ValueError) as error:  # no network, offline mode, no such repository, configuration or split
         cause = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"cannot load {name} (split {split}) from the hub: {cause}. Without network, give a local .jsonl, .json, .csv or .parquet file"
         ) from error
-    for number, values in enumerate(loaded):
-        yield Row(f"{name}/{split}, row {number}", values)
