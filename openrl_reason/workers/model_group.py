@@ -21,6 +21,7 @@ from openrl_reason.workers.model_config import ModelConfig
 from openrl_reason.workers.network import listening_store, node_address
 
 if TYPE_CHECKING:
+    from openrl_reason.workers.gradients import GradientSketch
     from openrl_reason.workers.model_worker import LossFunction
 
 _GRACE_S = 3.0
@@ -225,6 +226,29 @@ class ModelGroup:
         pieces = [piece for _, kept in results for piece in kept]
         index_lists = [indices for rank_plan in plan for indices in rank_plan]
         return results[0][0], {name: unsplit_tokens([piece[name] for piece in pieces], index_lists, batch) for name in keep}
+
+    def gradient_sketch(
+        self,
+        batch: TokenBatch,
+        loss_fn: LossFunction,
+        denominators: dict[str, float],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        *,
+        size: int,
+        seed: int,
+    ) -> GradientSketch:
+        """The gradient of the loss on the whole batch as a sketch of ``size`` numbers, without an optimiser step (see ``workers/gradients.py``).
+
+        Raises ConfigError for a model that is trained, partitioned by ZeRO-3, or a scalar one.
+        """
+        from openrl_reason.workers.gradients import GradientSketch
+
+        refs = [
+            actor.call.remote("gradient_sketch", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy, size=size, seed=seed)
+            for actor, rank_plan in zip(self._alive(), self._plan(batch), strict=True)
+        ]
+        return GradientSketch.total(self._gather(refs, "gradient_sketch"))
 
     def _plan(self, batch: TokenBatch, units: Sequence[int] | None = None) -> list[list[list[int]]]:
         lengths, first = batch.lengths.tolist(), [0, *accumulate(units if units is not None else [1] * batch.num_sequences)]

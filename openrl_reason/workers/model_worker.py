@@ -24,6 +24,7 @@ from openrl_reason.workers.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
+    from openrl_reason.workers.gradients import GradientSketch
 
 LossFunction = Callable[[ModelOutput, "TokenBatch", dict[str, float]], tuple[Tensor, dict[str, Any]]]
 """(outputs, micro_batch, denominators) -> (loss, metrics). The loss is a contribution to the global loss: a sum over the micro-batch,
@@ -216,6 +217,15 @@ class ModelWorker:
             self.average.update()
         self.step += 1
         return {"grad_norm": float("inf") if skipped else float(norm), "lr": rate, "skipped_update": float(skipped)}
+
+    def gradient_sketch(self, micro_batches: Sequence[TokenBatch], *args: Any, size: int, seed: int) -> GradientSketch:
+        """The gradient of the loss summed over this rank's micro-batches, sketched; ``args`` as for ``update``. Nothing is stepped, and no other
+        rank is waited for: the sketches of all ranks add up to the batch's. For a language model that is only run and whole on each rank."""
+        from openrl_reason.workers.gradients import sketched_gradient
+
+        if self.engine is not None or not isinstance(self.model, LanguageModel):
+            raise ConfigError(f"the {self.role} model's gradient is asked for: it must be a language model that is only run, at zero_stage 0, 1 or 2")
+        return sketched_gradient(self.model, micro_batches, *args, size=size, seed=seed)
 
     def set_schedule(self, total_steps: int, step: int) -> None:
         """From now on the learning-rate schedule spans ``total_steps`` and stands before ``step`` (0-based)."""
