@@ -37,7 +37,7 @@ from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.data.pairs import Pair, PairBuilder, PairData, read_pairs, read_samples
+from openrl_reason.data.pairs import Pair, PairBuilder, PairData, pair_samples, read_pairs
 from openrl_reason.errors import DataError
 from openrl_reason.rewards.build import build_rewarder, check_sources
 from openrl_reason.rewards.config import describe_rewards
@@ -184,9 +184,7 @@ class DPOTrainer(Trainer):
         elif config.pairs.path:
             self._use(read_pairs(config.pairs, self.tokenizer, max_length=config.max_length))
         else:
-            builder = self._builder()
-            builder.add(read_samples(config.pairs.trajectories))
-            self._use(builder.finish())
+            self._use(pair_samples(config.pairs.trajectories, self._builder()))
 
     def _builder(self) -> PairBuilder:
         own = self.config.pairs

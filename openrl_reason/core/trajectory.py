@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -245,6 +246,20 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bo
 
 def iter_jsonl(path: str | Path) -> Iterator[Trajectory]:
     """Trajectories of a file, one at a time. Raises ``DataError`` naming the file and the line."""
+    return _iter_lines(path, Trajectory.from_record)
+
+
+def iter_task_ids(path: str | Path) -> Iterator[str]:
+    """The ``task_id`` of each trajectory of a .jsonl or .parquet file, in order: what it takes to know which of them belong together before any
+    is read. Raises ``DataError`` as reading does."""
+    if Path(path).suffix == ".parquet":
+        for row in _iter_rows(path, ["task_id"]):
+            yield row["task_id"]
+    else:
+        yield from _iter_lines(path, lambda record: record["task_id"])
+
+
+def _iter_lines(path: str | Path, read: Callable[[dict], Any]) -> Iterator[Any]:
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -254,12 +269,17 @@ def iter_jsonl(path: str | Path) -> Iterator[Trajectory]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"expected an object, found {type(record).__name__}")
-                yield Trajectory.from_record(record)
-            except (ValueError, TypeError, OverflowError) as error:
-                raise DataError(f"{path}:{number}: not a trajectory: {error}") from error
+                yield read(_object(line))
+            except (KeyError, ValueError, TypeError, OverflowError) as error:
+                detail = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise DataError(f"{path}:{number}: not a trajectory: {detail}") from error
+
+
+def _object(line: bytes) -> dict:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    return record
 
 
 def read_jsonl(path: str | Path) -> list[Trajectory]:
@@ -300,23 +320,35 @@ def write_parquet(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
 
 
 def read_parquet(path: str | Path) -> list[Trajectory]:
-    """Inverse of ``write_parquet``. Raises ``DataError`` naming the file and, where there is one, the row."""
+    """Inverse of ``write_parquet``; see ``iter_parquet``."""
+    return list(iter_parquet(path))
+
+
+def iter_parquet(path: str | Path) -> Iterator[Trajectory]:
+    """Trajectories of a file, a few hundred in memory at a time. Raises ``DataError`` naming the file and, where there is one, the row."""
+    for number, row in enumerate(_iter_rows(path, None)):
+        try:
+            yield Trajectory(**{**row, "info": json.loads(row["info"])})
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: row {number}: not a trajectory: {error}") from error
+
+
+def _iter_rows(path: str | Path, columns: list[str] | None) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            _check_schema(file.schema_arrow, path)
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read trajectories from {path}: {error}") from error
-    version = (table.schema.metadata or {}).get(b"openrl_reason.schema_version", b"").decode()
+
+
+def _check_schema(schema: Any, path: str | Path) -> None:
+    version = (schema.metadata or {}).get(b"openrl_reason.schema_version", b"").decode()
     if version != str(SCHEMA_VERSION):
         raise DataError(f"{path}: schema version is {version or 'missing'}; this version of openrl_reason reads {SCHEMA_VERSION}")
-    if table.schema.names != _parquet_schema().names:
-        raise DataError(f"{path}: columns are {table.schema.names}, expected {_parquet_schema().names}")
-    trajectories = []
-    for number, row in enumerate(table.to_pylist()):
-        try:
-            trajectories.append(Trajectory(**{**row, "info": json.loads(row["info"])}))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: row {number}: not a trajectory: {error}") from error
-    return trajectories
+    if schema.names != _parquet_schema().names:
+        raise DataError(f"{path}: columns are {schema.names}, expected {_parquet_schema().names}")

@@ -16,7 +16,7 @@ import numpy as np
 
 from openrl_reason.config import require
 from openrl_reason.core.seeds import content_id, derive_seed
-from openrl_reason.core.trajectory import StopReason, Trajectory, iter_jsonl, read_parquet
+from openrl_reason.core.trajectory import StopReason, Trajectory, iter_jsonl, iter_parquet, iter_task_ids
 from openrl_reason.data.readers import Row, iter_rows
 from openrl_reason.data.sft import SFTDataConfig, encode_row
 from openrl_reason.errors import ConfigError, DataError
@@ -138,29 +138,36 @@ class PairBuilder:
     accept_truncated: bool = False
     dedup: bool = True
     _counts: Counter[str] = field(default_factory=lambda: Counter(samples=0, questions=0))
-    _open: dict[_Question, list[Trajectory]] = field(default_factory=dict)
+    _open: dict[str, dict[bytes, list[Trajectory]]] = field(default_factory=dict)
+    """Samples by task id and prompt."""
     _pairs: dict[_Question, list[Pair]] = field(default_factory=dict)
 
     def add(self, trajectories: Iterable[Trajectory]) -> None:
         """Takes samples; ``close`` or ``finish`` pairs them."""
         for trajectory in trajectories:
-            question = (trajectory.task_id, trajectory.prompt_ids.tobytes())
-            self._pairs.setdefault(question, [])  # in the order of the questions' first samples
-            self._open.setdefault(question, []).append(trajectory)
+            prompt = trajectory.prompt_ids.tobytes()
+            self._pairs.setdefault((trajectory.task_id, prompt), [])  # in the order of the questions' first samples
+            self._open.setdefault(trajectory.task_id, {}).setdefault(prompt, []).append(trajectory)
             self._counts["samples"] += 1
 
     def close(self, unfinished: Collection[str] = ()) -> None:
-        """Pairs the questions whose samples are all there: those whose task ids are not among ``unfinished``. Their pairs' trajectories lose
-        ``info``: its texts are much of their memory, and nothing that learns from pairs reads them."""
-        for question in [question for question in self._open if question[0] not in unfinished]:
-            self._pairs[question] = self._question_pairs(question, self._open.pop(question))
-            for pair in self._pairs[question]:
+        """Pairs the questions whose samples are all there: those whose task ids are not among ``unfinished``."""
+        for task_id in [task_id for task_id in self._open if task_id not in unfinished]:
+            self.close_task(task_id)
+
+    def close_task(self, task_id: str) -> None:
+        """Pairs the questions of one task id, whose samples are all there. The pairs' trajectories lose ``info``: its texts are much of their
+        memory, and nothing that learns from pairs reads them."""
+        for prompt, samples in self._open.pop(task_id).items():
+            self._pairs[task_id, prompt] = self._question_pairs((task_id, prompt), samples)
+            for pair in self._pairs[task_id, prompt]:
                 pair.chosen.info, pair.rejected.info = {}, {}
 
     def finish(self) -> PairData:
         """All pairs, and what became of everything else."""
-        for question, samples in self._open.items():
-            self._pairs[question] = self._question_pairs(question, samples)
+        for task_id, prompts in self._open.items():
+            for prompt, samples in prompts.items():
+                self._pairs[task_id, prompt] = self._question_pairs((task_id, prompt), samples)
         self._open = {}
         return PairData([pair for pairs in self._pairs.values() for pair in pairs], self._counts)
 
@@ -234,14 +241,40 @@ def _pair(chosen: Trajectory, rejected: Trajectory, salt: str) -> Pair:
     return Pair(content_id("pair", chosen.trajectory_id, rejected.trajectory_id, salt), chosen.task_id, chosen, rejected)
 
 
+def pair_samples(paths: Sequence[str], builder: PairBuilder) -> PairData:
+    """The pairs of the samples in files and folders (see ``read_samples``). Of samples that are in no pair, those of a question are in memory from
+    its first row to its last, wherever these are: the files are gone through twice, for the task ids alone at first.
+
+    Counts beside ``build_pairs``'s: ``questions_spread``, task ids whose rows do not stand together, which is what takes memory.
+    """
+    last: dict[str, int] = {}
+    spread: set[str] = set()
+    task_ids = (task_id for file in _sample_files(paths) for task_id in iter_task_ids(file))
+    for row, task_id in enumerate(task_ids):
+        if last.get(task_id, row - 1) != row - 1:
+            spread.add(task_id)
+        last[task_id] = row
+    for row, trajectory in enumerate(read_samples(paths)):
+        builder.add([trajectory])
+        if last[trajectory.task_id] == row:
+            builder.close_task(trajectory.task_id)
+    data = builder.finish()
+    data.counts["questions_spread"] = len(spread)
+    return data
+
+
 def read_samples(paths: Sequence[str]) -> Iterator[Trajectory]:
     """Trajectories of files and folders (all .jsonl and .parquet files of a folder, by name). Raises DataError, naming file and line."""
+    for file in _sample_files(paths):
+        yield from iter_parquet(file) if file.suffix == ".parquet" else iter_jsonl(file)
+
+
+def _sample_files(paths: Sequence[str]) -> Iterator[Path]:
     for path in map(Path, paths):
         files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
         if not files:
             raise DataError(f"--pairs.trajectories: there is no .jsonl or .parquet file in {path}")
-        for file in files:
-            yield from read_parquet(file) if file.suffix == ".parquet" else iter_jsonl(file)
+        yield from files
 
 
 # ---- from files of pairs -------------------------------------------------------------------------------------------------------------

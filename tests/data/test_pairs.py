@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openrl_reason.core.trajectory import StopReason, Trajectory, write_jsonl, write_parquet
-from openrl_reason.data.pairs import PairBuilder, PairsConfig, build_pairs, pair_texts, read_pairs, read_samples
+from openrl_reason.data.pairs import PairBuilder, PairsConfig, build_pairs, pair_samples, pair_texts, read_pairs, read_samples
 from openrl_reason.data.readers import Row
 from openrl_reason.errors import ConfigError, DataError
 from tests.helpers_models import write_tiny_model
@@ -86,7 +86,7 @@ def test_block_by_block_gives_the_same_pairs_and_counts_as_all_at_once_and_keeps
     for first in range(0, len(samples), 5 * 8):
         builder.add(samples[first : first + 5 * 8])
         builder.close({"q3"})
-        assert {question[0] for question in builder._open} <= {"q3"}
+        assert set(builder._open) <= {"q3"}
     data = builder.finish()
     assert [pair.pair_id for pair in data.pairs] == [pair.pair_id for pair in straight.pairs] and identities(data) == identities(straight)
     assert data.counts == straight.counts and any(pair.task_id == "q3" and 2 in pair.chosen.response_ids for pair in data.pairs)
@@ -124,6 +124,46 @@ def test_samples_are_read_from_files_and_folders_alike(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no .jsonl or .parquet file"):
         list(read_samples([str(tmp_path / "empty")]))
+
+
+class Watched(PairBuilder):
+    """Notes how many samples are in memory."""
+
+    most = 0
+
+    def add(self, trajectories):
+        super().add(trajectories)
+        self.most = max(self.most, sum(len(samples) for prompts in self._open.values() for samples in prompts.values()))
+
+
+@pytest.mark.parametrize("order", ["together", "two apart", "by sample"])
+def test_files_are_paired_question_by_question_wherever_their_rows_are(tmp_path, order):
+    samples, num_questions, num_samples = many(num_samples=8), 40, 8
+    samples += [sample("q7", [2, n], float(n % 2), index=n, prompt=(6, 6)) for n in range(8)]  # another prompt under the same name
+    names = [trajectory.task_id for trajectory in samples]
+    if order != "two apart":
+        samples = [samples[place] for place in sorted(range(len(samples)), key=lambda place: names.index(names[place]))]
+    if order == "by sample":
+        samples = [one for index in range(num_samples) for one in samples[index::num_samples]]
+    write_jsonl(tmp_path / "a.jsonl", samples[:100])
+    write_parquet(tmp_path / "b.parquet", samples[100:])
+    straight = build_pairs(samples, max_per_question=3, max_length=6, seed=7)
+    builder = Watched(max_per_question=3, max_length=6, seed=7)
+    data = pair_samples([str(tmp_path)], builder)
+    spread = {"together": 0, "two apart": 1, "by sample": num_questions}[order]
+    assert [pair.pair_id for pair in data.pairs] == [pair.pair_id for pair in straight.pairs] and identities(data) == identities(straight)
+    assert data.counts == straight.counts | {"questions_spread": spread} and not any(pair.chosen.info for pair in data.pairs)
+    assert ("questions spread" in data.describe()) == bool(spread)
+    if order != "by sample":
+        assert builder.most <= 3 * num_samples, "one question's, and another's whose rows are apart"
+
+
+def test_a_row_without_a_task_id_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [sample("q", [2], 1.0)])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"schema_version": 1}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not a trajectory: there is no 'task_id'"):
+        pair_samples([str(tmp_path / "a.jsonl")], PairBuilder())
 
 
 # ---- files of pairs ----------------------------------------------------------------------------------------------------------------------
