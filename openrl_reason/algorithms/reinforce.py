@@ -47,12 +47,7 @@ class ReinforceTrainer(OnlineTrainer):
             value = self.baseline.value  # of earlier steps: it must not depend on the samples it is subtracted from
             metrics["train/baseline"] = value
             self.baseline.update(rewards_B)
-        # The advantage of the total, paid at the end; a reward that a step earned before is taken off it, so that a token's advantage is the
-        # group's verdict less what had been earned already (for outcome rewards: the advantage itself, at every token).
-        rewards, last = batch.tokens["rewards"].clone(), last_actions(batch)
-        earned_before = rewards_B - rewards[last]
-        rewards[last] = group_advantages(rewards_B, batch.sequences["group_ids"], kind=self._group_kind) - earned_before
-        advantages = discounted_returns(rewards, batch.action_mask, batch.cu_seqlens, gamma=algo.gamma)
+        advantages = group_credit(batch, kind=self._group_kind, gamma=algo.gamma)
         if algo.return_clamp:
             advantages = advantages.clamp(*algo.return_clamp)
         if self.baseline is not None:
@@ -76,3 +71,15 @@ class ReinforceTrainer(OnlineTrainer):
         super().load_state(state)
         if self.baseline is not None and "baseline" in state:
             self.baseline.load_state_dict(state["baseline"])
+
+
+def group_credit(batch: TokenBatch, *, kind: str, gamma: float) -> torch.Tensor:
+    """Advantages [N] of responses against their siblings (``sequences["group_ids"]``), by ``group_advantages``; 0 outside the actions.
+
+    The advantage of the total is paid at the end; a reward that a step earned before is taken off it, so that a token's advantage is the group's
+    verdict less what had been earned already (for outcome rewards: the advantage itself, at every token).
+    """
+    rewards_B, rewards, last = batch.sequences["rewards"], batch.tokens["rewards"].clone(), last_actions(batch)
+    earned_before = rewards_B - rewards[last]
+    rewards[last] = group_advantages(rewards_B, batch.sequences["group_ids"], kind=kind) - earned_before
+    return discounted_returns(rewards, batch.action_mask, batch.cu_seqlens, gamma=gamma)

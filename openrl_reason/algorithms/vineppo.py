@@ -103,18 +103,7 @@ class VinePPOTrainer(OnlineTrainer):
         rate = self.config.reward.max_failed_rate
         check_failure_rate(step_values.failures, step_values.num_rollouts, rate, what="rewards of rollouts")
         batch, metrics = self.scored_batch(rollouts)
-        returns = np.array([_discounted(t, algo.gamma) for t in rollouts.trajectories])
-        returns[~np.isfinite(rollouts.rewards)] = math.nan
-        advantages, values = torch.zeros(batch.num_tokens), torch.full((batch.num_tokens,), math.nan)
-        without_siblings = 0
-        for row, place in enumerate(batch.sequences["places"].tolist()):
-            first = place // self.config.samples_per_prompt * self.config.samples_per_prompt
-            siblings = np.delete(returns[first : first + self.config.samples_per_prompt], place - first)
-            trajectory = rollouts.trajectories[place]
-            tokens = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
-            own = step_values.step_values(place, trajectory.rewards.tolist(), siblings.tolist())
-            without_siblings += self.config.vine.root_from_siblings and math.isnan(own[0])
-            advantages[tokens], values[tokens] = (torch.from_numpy(found) for found in token_credit(trajectory, own, algo.gamma))
+        advantages, values, without_siblings = vine_credit(rollouts, batch, gamma=algo.gamma, samples_per_prompt=self.config.samples_per_prompt)
         mask = batch.action_mask
         metrics |= step_values.metrics(batch.num_actions)
         metrics["credit/states_without_value"] += without_siblings
@@ -122,6 +111,27 @@ class VinePPOTrainer(OnlineTrainer):
         batch = batch.with_tokens(advantages=whitened(advantages, mask, algo.whiten), values=values)
         metrics["timing/credit"] = time.perf_counter() - started
         return batch, metrics
+
+
+def vine_credit(rollouts: Rollouts, batch: TokenBatch, *, gamma: float, samples_per_prompt: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(advantages [N], values [N], roots without siblings to value them) from the step values that were sampled beside the rollouts.
+
+    ``batch``: those of the rollouts that have a reward; ``sequences["places"]`` says which. Values are NaN outside the responses.
+    """
+    step_values: StepValues = rollouts.beside
+    returns = np.array([_discounted(t, gamma) for t in rollouts.trajectories])
+    returns[~np.isfinite(rollouts.rewards)] = math.nan
+    advantages, values = torch.zeros(batch.num_tokens), torch.full((batch.num_tokens,), math.nan)
+    without_siblings = 0
+    for row, place in enumerate(batch.sequences["places"].tolist()):
+        first = place // samples_per_prompt * samples_per_prompt
+        siblings = np.delete(returns[first : first + samples_per_prompt], place - first)
+        trajectory = rollouts.trajectories[place]
+        tokens = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
+        own = step_values.step_values(place, trajectory.rewards.tolist(), siblings.tolist())
+        without_siblings += step_values.vine.root_from_siblings and math.isnan(own[0])
+        advantages[tokens], values[tokens] = (torch.from_numpy(found) for found in token_credit(trajectory, own, gamma))
+    return advantages, values, without_siblings
 
 
 def token_credit(trajectory: Trajectory, step_values: list[float], gamma: float) -> tuple[np.ndarray, np.ndarray]:
@@ -139,4 +149,3 @@ def token_credit(trajectory: Trajectory, step_values: list[float], gamma: float)
 def _discounted(trajectory: Trajectory, gamma: float) -> float:
     """Return of a trajectory from its prompt on, discounted per step."""
     return math.fsum(gamma**step * float(reward) for step, reward in enumerate(trajectory.rewards))
-
