@@ -68,6 +68,5 @@ def kept_scores(path: Path, identity: str, compute: Callable[[], Mapping[str, Te
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, {"identity": identity})
         temporary.replace(path)
-    count = sum(len(tensor) for tensor in tensors.values())
-    print(f"reference log-probs of {count} responses: {time.perf_counter() - started:.1f} s")
+    print(f"reference log-probs of {max(map(len, tensors.values()))} responses: {time.perf_counter() - started:.1f} s")
     return tensors

@@ -77,6 +77,7 @@ def kto_loss(
     how the batch was cut. 0 is APO-zero's loss (D'Oosterlinck et al. 2024).
 
     Sum over responses / ``denominator`` (default B). Rewards are beta r: sums over the desirable, and over the undesirable, / ``denominator``.
+    Accuracy is the share of responses on their side of z0; on z0 itself a response counts one half.
     """
     if beta <= 0.0 or desirable_weight < 0.0 or undesirable_weight < 0.0:
         weights = f"the weights ({desirable_weight}, {undesirable_weight})"
@@ -88,12 +89,14 @@ def kto_loss(
     good = desirable.to(log_ratio.dtype)
     weights = good * desirable_weight + (1.0 - good) * undesirable_weight
     # 1 - sigma(u) = sigma(-u), which keeps its digits (and its gradient) where sigma(u) rounds to 1.
-    loss = (weights * torch.sigmoid((1.0 - 2.0 * good) * beta * (log_ratio - point))).sum() / denominator
-    rewards = beta * log_ratio.detach()
+    wrong_by = (1.0 - 2.0 * good) * (log_ratio - point)  # nats on the wrong side of z0
+    loss = (weights * torch.sigmoid(beta * wrong_by)).sum() / denominator
+    rewards, wrong_by = beta * log_ratio.detach(), wrong_by.detach()
     return loss, {
         "kto_loss": loss.detach(),
         "kto/reward_desirable": (good * rewards).sum() / denominator,
         "kto/reward_undesirable": ((1.0 - good) * rewards).sum() / denominator,
+        "kto/accuracy": ((wrong_by < 0) + 0.5 * (wrong_by == 0)).sum() / denominator,
         "kto/desirable_share": good.sum() / denominator,
     }
 

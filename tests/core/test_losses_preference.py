@@ -96,6 +96,7 @@ def test_kto_and_its_gradient_equal_the_closed_form(point, desirable_weight, und
     torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64))
     assert float(metrics["kto/reward_desirable"]) == pytest.approx(0.3 * (0.7 - 0.4) / 5)
     assert float(metrics["kto/reward_undesirable"]) == pytest.approx(0.3 * (3.0 - 2.0) / 5) and float(metrics["kto/desirable_share"]) == 0.4
+    assert float(metrics["kto/accuracy"]) == pytest.approx((1 + 1 + 0 + 0 + (0.5 if point == 0 else 1)) / 5)
 
 
 def test_kto_of_a_pair_is_that_of_its_two_sides_and_at_the_reference_half_the_weights():
