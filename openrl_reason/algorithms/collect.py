@@ -119,10 +119,9 @@ class Collector:
                 beside.take(completion)
                 continue
             place, sample = divmod(index, num_samples)
-            trajectory = self._trajectory(items[place], requests[index], completion, sample)
+            trajectory, pending[index] = self.begin(items[place], requests[index], completion, sample)
             trajectories[index] = trajectory
             missing[place] -= 1
-            pending[index] = self.rewarder.submit(self._reward_sample(trajectory, items[place]))
             while on_chunk and next_chunk_is_complete():
                 first, size = len(chunks) * prompts_per_chunk * num_samples, prompts_per_chunk * num_samples
                 chunks.append(on_chunk(trajectories[first : first + size]))
@@ -137,7 +136,7 @@ class Collector:
             beside.drain()
             ended = time.perf_counter()
         results = [future.result() for future in pending]
-        results = [self._reward(trajectory, result) for trajectory, result in zip(trajectories, results, strict=True)]
+        results = [self.rewarded(trajectory, result) for trajectory, result in zip(trajectories, results, strict=True)]
         rollouts = Rollouts(trajectories, [item for item in items for _ in range(num_samples)], results, chunks, beside=beside)
         used = Counter(self.pool.stats())
         used.subtract(before)
@@ -168,6 +167,11 @@ class Collector:
                 requests.append(Request(request_id=name, prompt_ids=prompt_ids, seed=sample_seed, sampling=sampling, group=f"{prefix}/{place}"))
         return requests
 
+    def begin(self, item: TaskItem, request: Request, completion: Completion, sample: int) -> tuple[Trajectory, Future[RewardResult]]:
+        """A completion as a trajectory, and its reward to come, which ``rewarded`` takes."""
+        trajectory = self._trajectory(item, request, completion, sample)
+        return trajectory, self.rewarder.submit(self._reward_sample(trajectory, item))
+
     def _trajectory(self, item: TaskItem, request: Request, completion: Completion, sample: int) -> Trajectory:
         response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Trajectory.from_completion(
@@ -184,7 +188,7 @@ class Collector:
             stop_reason=str(trajectory.stop_reason), steps=tuple(split_steps(response, self.task.step_kind)),
         )  # fmt: skip
 
-    def _reward(self, trajectory: Trajectory, result: RewardResult) -> RewardResult:
+    def rewarded(self, trajectory: Trajectory, result: RewardResult) -> RewardResult:
         """Puts the reward onto the trajectory: on its last step, or one on each step. Without a reward it is 0 there, and NaN in the result."""
         trajectory.info.update(grade_status=result.status, parsed=result.parsed)
         if np.isfinite(result.score) and abs(result.score) > MAX_REWARD:

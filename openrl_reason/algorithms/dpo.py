@@ -30,6 +30,7 @@ from openrl_reason.algorithms.common import (
 from openrl_reason.algorithms.dpo_config import DPOConfig, DPOLossConfig
 from openrl_reason.algorithms.reference_scores import SEQUENCES_PER_CALL, in_parts, kept_scores, response_logprobs, score_responses
 from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
+from openrl_reason.algorithms.sampling import rewarded_engines, with_stops_of
 from openrl_reason.algorithms.trainer import Callback, Trainer
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require
@@ -39,10 +40,9 @@ from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.data.pairs import Pair, PairBuilder, PairData, pair_samples, read_pairs
 from openrl_reason.errors import DataError
-from openrl_reason.rewards.build import build_rewarder, check_sources
+from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, load_task
-from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
 
 SHORT_RESPONSE = 8
@@ -171,7 +171,7 @@ class DPOTrainer(Trainer):
             self.task = self._task or load_task(config.task)
             if self.run.dry_run and not self._reward_function:
                 check_sources(config.reward)
-            self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
+            self.sampling = with_stops_of(self.task, config.sampling)
             limit = config.rollout.max_model_len - config.sampling.max_new_tokens
             prompts = self.task.encode_prompts(self.task.items("train"), self.tokenizer, limit)
             self.items = prompts.items
@@ -223,8 +223,6 @@ class DPOTrainer(Trainer):
 
     def sample_pairs(self, placement: Placement) -> None:
         """Responses of the policy to the training questions, from disk as far as they are there; then their pairs."""
-        from openrl_reason.workers.rollout import RolloutPool
-
         config = self.config
         blocks = SampleBlocks(
             self.folder / "samples", self.items, config.samples_per_prompt, self.sampling, (self.run.seed, "dpo"), config.prompts_per_block,
@@ -232,14 +230,10 @@ class DPOTrainer(Trainer):
         )  # fmt: skip
         blocks.begin(keep=self.run.resume)
         if blocks.missing:
-            with contextlib.ExitStack() as stack:
-                grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
-                stack.callback(grader.close)
-                rewarder = build_rewarder(
-                    config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function
-                )
-                stack.callback(rewarder.close)
-                pool = stack.enter_context(RolloutPool(config.rollout, self.model_path, placement=placement, seed=self.run.seed))
+            with rewarded_engines(
+                config, self.model_path, task=self.task, tokenizer=self.tokenizer, placement=placement, seed=self.run.seed,
+                reward_function=self._reward_function,
+            ) as (pool, rewarder):  # fmt: skip
                 blocks.sample(Collector(self.task, self.tokenizer, pool, rewarder), config.reward.max_failed_rate)
         builder, spanning = self._builder(), blocks.spanning()
         for block in blocks.read_blocks():

@@ -32,16 +32,16 @@ from openrl_reason.algorithms.common import (
 from openrl_reason.algorithms.online_config import OnlineConfig
 from openrl_reason.algorithms.policy_gradient import PolicyGradientLoss
 from openrl_reason.algorithms.reduction import loss_weights
+from openrl_reason.algorithms.sampling import check_transport, start_grader, start_rewarder, training_evaluator, with_stops_of
 from openrl_reason.algorithms.trainer import Callback, Trainer
-from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.kl import AdaptiveKL, FixedKL, kl_penalty
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import GateError, WorkerError
-from openrl_reason.evaluation.sets import Evaluator, refuse_overlap, training_sets
+from openrl_reason.evaluation.sets import refuse_overlap, training_sets
 from openrl_reason.rewards.base import Rewarder
-from openrl_reason.rewards.build import build_rewarder, check_sources
+from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.rewards.judge import judge_reward, judge_role, prepare_judge, start_judge
 from openrl_reason.tasks.base import Task, load_task
@@ -275,8 +275,7 @@ class OnlineTrainer(Trainer):
             check_sources(config.reward)
         if self._judges:
             self.judge_tokenizer = prepare_judge(config.reward.judge, [term.options for term in self._judges], self.tokenizer)
-        # A prompt style may need stop strings of its own, or the model goes on to write the next question.
-        self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
+        self.sampling = with_stops_of(self.task, config.sampling)
         limit = config.rollout.max_model_len - config.sampling.max_new_tokens
         train_items, overlong = within_limit(self.task, "train", self.tokenizer, limit)
         self.sampler = ItemSampler(train_items, self.run.seed)
@@ -296,11 +295,8 @@ class OnlineTrainer(Trainer):
         config, seed = self.config, self.run.seed
         # Colocated engines and ranks share their GPUs: each gives its memory back while the others work.
         self._take_turns = placement.gpu and config.placement.colocate
-        transport = config.rollout.weight_transport
-        broadcast = self._take_turns and transport in ("gloo", "nccl")
-        require(not broadcast, "rollout.weight_transport", transport, "colocated on GPUs use auto, or --placement.colocate false")
-        grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
-        stack.callback(grader.close)
+        check_transport(config.rollout, self._take_turns)
+        grader = start_grader(config, stack)
         rewarder = None if self._judges else self._rewarder(grader, stack)  # before the actors: a function that does not import shows at once
         policy, has_reference = replace(config.policy, path=self.model_path), config.algo.kl.where != "none"
         updates, timeout_s = self.policy_updates, config.policy.timeout_s
@@ -318,21 +314,15 @@ class OnlineTrainer(Trainer):
             rewarder = self._rewarder(grader, stack)
         self.rewarder = rewarder
         self.collector = Collector(self.task, self.tokenizer, self.pool, rewarder)
-        # Held-out answers are judged by the task's grader; a reward that does not ask it at all is the only judge there is.
-        asks_task = self._reward_function is None and any(term.source == "task" for term in config.reward.all_terms)
-        self.evaluator = Evaluator(
-            tokenizer=self.tokenizer, pool=self.pool, grader=grader, rewarder=None if asks_task else rewarder, intervals=config.eval.intervals
-        )
+        self.evaluator = training_evaluator(config, grader, rewarder, pool=self.pool, tokenizer=self.tokenizer, reward_function=self._reward_function)
         if self._take_turns:
             self.policy.offload()
 
     def _rewarder(self, grader: GraderPool, stack: contextlib.ExitStack) -> Rewarder:
-        rewarder = build_rewarder(
-            self.config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function,
+        return start_rewarder(
+            self.config, grader, stack, task=self.task, tokenizer=self.tokenizer, reward_function=self._reward_function,
             make_judge=lambda term: judge_reward(self.config.reward.judge, self.judge, term.options),
         )  # fmt: skip
-        stack.callback(rewarder.close)
-        return rewarder
 
     def _models_turn(self) -> None:
         """On shared GPUs: the engines sleep, the policy gets its memory back."""

@@ -35,6 +35,7 @@ from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.restem_config import RestEMConfig
 from openrl_reason.algorithms.restem_selection import START, Progress, keep_right
 from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
+from openrl_reason.algorithms.sampling import check_transport, start_grader, start_rewarder, training_evaluator, with_stops_of
 from openrl_reason.algorithms.sft import SupervisedLoss
 from openrl_reason.algorithms.trainer import Callback, Trainer, print_plan
 from openrl_reason.atomic import atomic_folder
@@ -43,12 +44,11 @@ from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import CheckpointError, DataError, WorkerError
-from openrl_reason.evaluation.sets import EvalSet, Evaluator, refuse_overlap, training_sets
+from openrl_reason.evaluation.sets import EvalSet, refuse_overlap, training_sets
 from openrl_reason.observe.run_log import read_records
-from openrl_reason.rewards.build import build_rewarder, check_sources
+from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, TaskItem, load_task
-from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.placement import Placement, Role
 
 
@@ -250,8 +250,7 @@ class RestEMTrainer(Trainer):
         self.task = self._task or load_task(config.task)
         if self.run.dry_run and not self._reward_function:
             check_sources(config.reward)
-        # A prompt style may need stop strings of its own, or the model goes on to write the next question.
-        self.sampling = replace(config.sampling, stop=tuple(dict.fromkeys((*config.sampling.stop, *self.task.stop))))
+        self.sampling = with_stops_of(self.task, config.sampling)
         items, overlong = within_limit(self.task, "train", self.tokenizer, limit - config.sampling.max_new_tokens)
         sets = training_sets(config.eval, task=self.task, tokenizer=self.tokenizer, sampling=self.sampling, max_model_len=limit)
         if not self.task.config.allow_test_data_in_training:
@@ -288,15 +287,9 @@ class RestEMTrainer(Trainer):
 
         config, seed = self.config, self.run.seed
         self._take_turns = placement.gpu and config.placement.colocate
-        transport = config.rollout.weight_transport
-        broadcast = self._take_turns and transport in ("gloo", "nccl")
-        require(not broadcast, "rollout.weight_transport", transport, "colocated on GPUs use auto, or --placement.colocate false")
-        grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
-        stack.callback(grader.close)
-        rewarder = build_rewarder(
-            config.reward, task=self.task, grader=grader, tokenizer=self.tokenizer, reward_function=self._reward_function
-        )
-        stack.callback(rewarder.close)
+        check_transport(config.rollout, self._take_turns)
+        grader, function = start_grader(config, stack), self._reward_function
+        rewarder = start_rewarder(config, grader, stack, task=self.task, tokenizer=self.tokenizer, reward_function=function)
         policy = replace(config.policy, path=self.model_path)
         self.pool, self.policy = start_together(
             stack,
@@ -312,11 +305,7 @@ class RestEMTrainer(Trainer):
             self.policy.offload()
             self._models_are_up = False
         self.collector = Collector(self.task, self.tokenizer, self.pool, rewarder)
-        # Held-out answers are judged by the task's grader; a reward that does not ask it at all is the only judge there is.
-        asks_task = self._reward_function is None and any(term.source == "task" for term in config.reward.all_terms)
-        self.evaluator = Evaluator(
-            tokenizer=self.tokenizer, pool=self.pool, grader=grader, rewarder=None if asks_task else rewarder, intervals=config.eval.intervals
-        )
+        self.evaluator = training_evaluator(config, grader, rewarder, pool=self.pool, tokenizer=self.tokenizer, reward_function=function)
 
     def _blocks(self) -> SampleBlocks:
         config, iteration = self.config, self.progress.iteration

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,17 @@ class SampleBlocks:
     folder: Path
     items: Sequence[TaskItem]
     num_samples: int
+    """0: as many as came for each item (``take``), of which no two may be alike."""
     sampling: SamplingConfig
     seed: tuple[int | str, ...]
     """Identity of the collection; each sample adds its block, place and task id."""
     items_per_block: int = 256
     identity: str = ""
     """What else the samples depend on (the policy, the data): files of another identity are not taken for these."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The same, by name, so that a refusal can say which one differs; JSON-able."""
+    flag: str = "run.output_dir"
+    """What names the folder, for that refusal."""
 
     @property
     def files(self) -> list[Path]:
@@ -55,14 +61,14 @@ class SampleBlocks:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = self.folder / "samples.json"
             here = {"identity": self.identity, "num_samples": self.num_samples, "num_items": len(self.items), "block": self.items_per_block}
-            here |= {"sampling": json.loads(json.dumps(vars(self.sampling))), "seed": list(self.seed)}
+            here |= {"sampling": json.loads(json.dumps(vars(self.sampling))), "seed": list(self.seed)} | json.loads(json.dumps(self.settings))
             if keep and about.exists():
                 before = json.loads(about.read_text(encoding="utf-8"))
-                changed = [name for name in here if before.get(name) != here[name]]
+                changed = [name for name in {**before, **here} if before.get(name) != here.get(name)]
                 if changed:
                     raise CheckpointError(
                         f"the samples in {self.folder} were made with other settings ({', '.join(changed)}): delete them, or choose another"
-                        " --run.output_dir"
+                        f" --{self.flag}"
                     )
                 return
             for file in self.folder.glob(BLOCKS):
@@ -80,23 +86,39 @@ class SampleBlocks:
             started = time.perf_counter()
             items = self.block_items(number)
             rollouts = collector.collect(items, num_samples=self.num_samples, sampling=self.sampling, seed=(*self.seed, number))
-            check_failures(rollouts, max_failed_rate)
-            for trajectory, result in zip(rollouts.trajectories, rollouts.results, strict=True):
-                trajectory.info |= _reward_info(result)
-            with naming_disk_errors(self.files[number]):
-                write_jsonl(self.files[number], rollouts.trajectories)
-            right = float(np.nanmean(rollouts.rewards)) if np.isfinite(rollouts.rewards).any() else float("nan")
-            taken = time.perf_counter() - started
-            say(f"block {number + 1}/{len(self.files)}: {len(rollouts.trajectories)} samples, mean reward {right:.3g}, {taken:.1f} s")
+            self._write(number, rollouts, max_failed_rate, say, started)
+
+    def take(self, questions: Iterable[Rollouts], max_failed_rate: float, say: Callable[[str], None] = print) -> None:
+        """Writes the missing blocks as the samples of their items come, which may be in any order: ``questions`` are the samples of one item each.
+
+        Raises WorkerError as ``sample`` does."""
+        block_of = {item.task_id: number for number in self.missing for item in self.block_items(number)}
+        there: defaultdict[int, dict[str, Rollouts]] = defaultdict(dict)
+        started = time.perf_counter()
+        for question in questions:
+            task_id = question.items[0].task_id
+            number = block_of[task_id]
+            there[number][task_id] = question
+            items = self.block_items(number)
+            if len(there[number]) == len(items):
+                own = there.pop(number)
+                self._write(number, joined([own[item.task_id] for item in items]), max_failed_rate, say, started)
+                started = time.perf_counter()
+        assert not self.missing, "some items have no samples"
+
+    def _write(self, number: int, rollouts: Rollouts, max_failed_rate: float, say: Callable[[str], None], started: float) -> None:
+        check_failures(rollouts, max_failed_rate)
+        for trajectory, result in zip(rollouts.trajectories, rollouts.results, strict=True):
+            trajectory.info |= _reward_info(result)
+        with naming_disk_errors(self.files[number]):
+            write_jsonl(self.files[number], rollouts.trajectories)
+        right = float(np.nanmean(rollouts.rewards)) if np.isfinite(rollouts.rewards).any() else float("nan")
+        taken = time.perf_counter() - started
+        say(f"block {number + 1}/{len(self.files)}: {len(rollouts.trajectories)} samples, mean reward {right:.3g}, {taken:.1f} s")
 
     def read(self) -> Rollouts:
         """All samples, prompt-major, with ``rollout_metrics`` of them. Raises DataError naming a file and line that does not read."""
-        blocks = list(self.read_blocks())
-        rollouts = Rollouts(
-            [trajectory for block in blocks for trajectory in block.trajectories],
-            [item for block in blocks for item in block.items],
-            [result for block in blocks for result in block.results],
-        )
+        rollouts = joined(list(self.read_blocks()))
         rollouts.metrics = rollout_metrics(rollouts, self.num_samples)
         return rollouts
 
@@ -108,11 +130,21 @@ class SampleBlocks:
     def read_block(self, number: int) -> Rollouts:
         """The samples of one block, prompt-major; without metrics. Raises as ``read`` does."""
         file = self.files[number]
-        items = [item for item in self.block_items(number) for _ in range(self.num_samples)]
         trajectories = read_jsonl(file)
-        if len(trajectories) != len(items):
-            raise CheckpointError(f"{file} holds {len(trajectories)} samples where {len(items)} were written: delete it to sample them again")
+        items = self._items_of(number, trajectories)
+        if items is None:
+            raise CheckpointError(f"{file} has {len(trajectories)} samples, and not those that were written: delete it to sample them again")
         return Rollouts(trajectories, items, [_result(trajectory) for trajectory in trajectories])
+
+    def _items_of(self, number: int, trajectories: Sequence[Trajectory]) -> list[TaskItem] | None:
+        """The item of each trajectory of a block; None if these are not its samples."""
+        block = self.block_items(number)
+        if self.num_samples:
+            items = [item for item in block for _ in range(self.num_samples)]
+            return items if len(items) == len(trajectories) else None
+        by_id = {item.task_id: item for item in block}
+        came = list(dict.fromkeys(trajectory.task_id for trajectory in trajectories))
+        return [by_id[trajectory.task_id] for trajectory in trajectories] if came == list(by_id) else None
 
     def block_items(self, number: int) -> Sequence[TaskItem]:
         """The items of one block."""
@@ -123,6 +155,15 @@ class SampleBlocks:
         first: dict[str, int] = {}
         blocks = ((item.task_id, place // self.items_per_block) for place, item in enumerate(self.items))
         return {task_id for task_id, block in blocks if first.setdefault(task_id, block) != block}
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Several collections in a row, without metrics."""
+    return Rollouts(
+        [trajectory for part in parts for trajectory in part.trajectories],
+        [item for part in parts for item in part.items],
+        [result for part in parts for result in part.results],
+    )
 
 
 def _reward_info(result: RewardResult) -> dict[str, Any]:

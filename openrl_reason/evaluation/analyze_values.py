@@ -17,6 +17,7 @@ import numpy as np
 
 from openrl_reason.algorithms.collect import Collector, check_failure_rate, check_failures
 from openrl_reason.algorithms.common import checked_tokenizer, local_path
+from openrl_reason.algorithms.sampling import rewarded_engines
 from openrl_reason.atomic import atomic_folder, write_json
 from openrl_reason.config import require, to_dict
 from openrl_reason.errors import DataError
@@ -40,9 +41,8 @@ from openrl_reason.evaluation.value_study import (
     write_states,
 )
 from openrl_reason.rewards.base import Rewarder
-from openrl_reason.rewards.build import build_rewarder, check_sources
+from openrl_reason.rewards.build import check_sources
 from openrl_reason.tasks.base import Task, load_task
-from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig
 from openrl_reason.workers.placement import Placement, Role
 
@@ -90,7 +90,9 @@ def analyze_values(
         wanted = roles(config) if study is None else model_roles(config)
         placement = stack.enter_context(Placement(config.placement, wanted)) if wanted else None
         if study is None:
-            with _engines(config, task, tokenizer, placement, reward_function) as (pool, rewarder):
+            with rewarded_engines(
+                config, path, task=task, tokenizer=tokenizer, placement=placement, seed=config.seed, reward_function=reward_function
+            ) as (pool, rewarder):
                 study = sample_study(config, chosen, tokenizer, pool, rewarder)
                 study.counts["seconds"] = round(time.perf_counter() - started, 1)
                 partial.write(study)
@@ -181,21 +183,6 @@ def mc_name(k: int) -> str:
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _engines(
-    config: AnalyzeValuesConfig, task: Task, tokenizer: Any, placement: Placement, reward_function: Callable[..., Any] | None
-) -> Iterator[tuple[Any, Rewarder]]:
-    """The pool and the rewards; when the block ends they end, so that the GPU is free for the models."""
-    from openrl_reason.workers.rollout import RolloutPool
-
-    with contextlib.ExitStack() as stack:
-        grader = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)
-        stack.callback(grader.close)
-        rewarder = build_rewarder(config.reward, task=task, grader=grader, tokenizer=tokenizer, reward_function=reward_function)
-        stack.callback(rewarder.close)
-        yield stack.enter_context(RolloutPool(config.rollout, local_path(config.model), placement=placement, seed=config.seed)), rewarder
 
 
 def sample_study(config: AnalyzeValuesConfig, chosen: EvalSet, tokenizer: Any, pool: Any, rewarder: Rewarder) -> ValueStudy:

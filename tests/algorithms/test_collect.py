@@ -20,7 +20,7 @@ def collector():
 def rewarded(collector, response, result):
     ids = [*collector.tokenizer(response, add_special_tokens=False)["input_ids"], collector.tokenizer.eos_token_id]
     trajectory = Trajectory.from_completion([1, 2], ids, -np.ones(len(ids)), task_id="t", group_id="g", sample_index=0, info={"response": response})
-    return trajectory, collector._reward(trajectory, result)
+    return trajectory, collector.rewarded(trajectory, result)
 
 
 def test_step_rewards_stand_on_the_last_tokens_of_their_steps(collector):

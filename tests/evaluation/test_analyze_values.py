@@ -373,7 +373,7 @@ def analysis(tmp_path, monkeypatch):
     pools, critic = [], {"fails": True}
 
     @contextlib.contextmanager
-    def engines(*args):
+    def engines(*args, **settings):
         pools.append(TablePool())
         yield pools[-1], LastLine()
 
@@ -382,7 +382,7 @@ def analysis(tmp_path, monkeypatch):
             raise WorkerError("rank 0 of the critic is gone")
         study.add_values("critic", exact_values)
 
-    monkeypatch.setattr(module, "_engines", engines)
+    monkeypatch.setattr(module, "rewarded_engines", engines)
     monkeypatch.setattr(module, "add_models", add_models)
     monkeypatch.setattr(module, "Placement", lambda config, roles: contextlib.nullcontext())
     make_model(tmp_path / "model", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=32)
