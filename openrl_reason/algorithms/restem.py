@@ -177,6 +177,7 @@ class RestEMTrainer(Trainer):
         metrics = self._evaluate_sets([self.validation])
         metrics["timing/evaluate"] = time.perf_counter() - started
         self.log.evaluation(self.done, metrics)
+        self.keep_best(metrics)
         name = f"iteration-{self.progress.iteration:04d}-step-{self.progress.step:06d}"
         if self.progress.offer(name, self._score(metrics), self.done, self.config.selection):
             self._models_turn()
@@ -256,6 +257,9 @@ class RestEMTrainer(Trainer):
         if not self.task.config.allow_test_data_in_training:
             refuse_overlap(items, sets, self.task.config.train_path or f"task {self.task.name}")
         self._hold_out(items, sets)
+        best, candidates = self.run.best_metric, f"eval/{self.validation.name}/"
+        known = not best or best.startswith(candidates)
+        require(known, "run.best_metric", best, f"candidates are evaluated on the validation questions alone: use {candidates}pass@1, for instance")
         bound = len(self.items) * min(config.samples_per_prompt, config.max_per_prompt) * config.epochs
         self.run = replace(self.run, steps=min(self.run.steps, config.iterations * -(-bound // config.batch_size)))
         for what, count in (("training", overlong), *((f"{one.name} evaluation", one.num_overlong) for one in sets)):

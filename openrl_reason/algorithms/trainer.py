@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from openrl_reason.algorithms.best import MODES, BestModel
 from openrl_reason.algorithms.common import check_adapters
+from openrl_reason.atomic import remove_unfinished
 from openrl_reason.config import require, save_config, to_dict
 from openrl_reason.errors import CheckpointError, ConfigError
 from openrl_reason.observe.breakdown import time_breakdown
@@ -43,6 +45,11 @@ class RunConfig:
     """Write a checkpoint every so many steps (0: none; the trained model is exported at the end in any case)."""
     keep_checkpoints: int = 2
     """Checkpoints to keep; an old one is deleted only after a new one is complete."""
+    best_metric: str = ""
+    """Metric of the evaluations, for instance eval/arithmetic/pass@1, by which the best model so far is kept in output_dir/best/model, with best.json
+    (step, value) beside it. Empty: none is kept."""
+    best_mode: str = "max"
+    """max: the larger the better; min: the smaller."""
     resume: bool = False
     """Continue from the newest checkpoint of output_dir (from the start if it has none)."""
     dry_run: bool = False
@@ -74,6 +81,7 @@ class Trainer:
         self.run: RunConfig = config.run
         self.done = 0  # finished steps
         self.log: RunLog | None = None
+        self.best = BestModel(self.folder, self.run.best_metric, self.run.best_mode)
         self._stack = contextlib.ExitStack()
         check_run(self.run)
 
@@ -163,6 +171,9 @@ class Trainer:
             )
         self.prepare()
         check_adapters(self.config)
+        if self.run.resume:
+            remove_unfinished(self.folder)
+        self.best.begin(resumed=checkpoint is not None)
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
         try:
             self.build(placement, self._stack)
@@ -215,7 +226,14 @@ class Trainer:
         metrics = self.evaluate()
         metrics["timing/evaluate"] = time.perf_counter() - started
         self.log.evaluation(self.done, metrics)
+        self.keep_best(metrics)
         return metrics
+
+    def keep_best(self, metrics: Mapping[str, float]) -> None:
+        """With ``run.best_metric``: exports the present model if its evaluation, these ``metrics``, is better than all before."""
+        news = self.best.offer(metrics, self.done, self.export)
+        if news:
+            self.log.say(news)
 
     def save(self) -> Path:
         """Writes a complete checkpoint (atomically) and returns its folder."""
@@ -256,6 +274,9 @@ def check_run(run: RunConfig) -> None:
     require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "at least 1 must be kept")
     for name in ("eval_every", "save_every"):
         require(getattr(run, name) >= 0, f"run.{name}", getattr(run, name), "use 0 for never, or a number of steps")
+    require(run.best_mode in MODES, "run.best_mode", run.best_mode, f"use {' or '.join(MODES)}")
+    evaluates = run.eval_every or run.eval_at_start or run.eval_at_end
+    require(not run.best_metric or evaluates, "run.best_metric", run.best_metric, "nothing is evaluated: set --run.eval_every")
     check_track(run.track)
     require(run.log_rollouts >= -1, "run.log_rollouts", run.log_rollouts, "use -1 for all, 0 for none, or a number")
 

@@ -245,7 +245,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         RestEMConfig(**settings)
 
 
-def prepared(tmp_path, **settings):
+def prepared(tmp_path, run=None, **settings):
     from openrl_reason.algorithms.trainer import RunConfig
     from openrl_reason.models.make import MakeModelConfig, make
     from openrl_reason.tasks.base import TaskConfig
@@ -253,7 +253,7 @@ def prepared(tmp_path, **settings):
     if not (tmp_path / "model").exists():
         make(MakeModelConfig(output=str(tmp_path / "model")))
     config = RestEMConfig(
-        run=RunConfig(output_dir=str(tmp_path / "run"), steps=1000), policy=TrainedModelConfig(path=str(tmp_path / "model")),
+        run=RunConfig(output_dir=str(tmp_path / "run"), steps=1000, **(run or {})), policy=TrainedModelConfig(path=str(tmp_path / "model")),
         task=TaskConfig(num_train=40, num_test=8), eval=EvalConfig(num_items=8),
         sampling=SamplingConfig(temperature=0.6, max_new_tokens=16), **settings,
     )  # fmt: skip
@@ -272,6 +272,9 @@ def test_validation_questions_are_held_out_of_training_and_the_number_of_steps_i
     assert chosen_by_test.validation.name == "arithmetic" and not chosen_by_test.test_sets and len(chosen_by_test.items) == 40
     with pytest.raises(ConfigError, match="--validation_items is 40: there are 40 training questions"):
         prepared(tmp_path, validation_items=40)
+    prepared(tmp_path, validation_items=10, run={"best_metric": "eval/validation/pass@1"})
+    with pytest.raises(ConfigError, match="--run.best_metric is 'eval/arithmetic/pass@1': .*use eval/validation/pass@1"):
+        prepared(tmp_path, validation_items=10, run={"best_metric": "eval/arithmetic/pass@1"})
 
 
 def test_if_nothing_is_right_in_the_first_iteration_the_error_says_what_was_seen(tmp_path):
