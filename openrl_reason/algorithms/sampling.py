@@ -15,10 +15,12 @@ from openrl_reason.rewards.build import build_rewarder
 from openrl_reason.rewards.config import RewardConfig, RewardTermConfig
 from openrl_reason.tasks.base import Task
 from openrl_reason.workers.grading import GraderPool
+from openrl_reason.workers.model_config import ModelConfig
 from openrl_reason.workers.placement import Placement
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 if TYPE_CHECKING:
+    from openrl_reason.workers.model_group import ModelGroup
     from openrl_reason.workers.rollout import RolloutPool
 
 RewardFunction = Callable[..., Any]
@@ -81,6 +83,18 @@ def rewarded_engines(
         grader = start_grader(config, stack)
         rewarder = start_rewarder(config, grader, stack, task=task, tokenizer=tokenizer, reward_function=reward_function)
         yield stack.enter_context(RolloutPool(config.rollout, model_path, placement=placement, seed=seed)), rewarder
+
+
+@contextlib.contextmanager
+def running_group(config: ModelConfig, role: str, placement: Placement, seed: int) -> Iterator[ModelGroup]:
+    """A model that is only run. It may still load when the block begins; when it ends the model ends."""
+    from openrl_reason.workers.model_group import ModelGroup
+
+    group = ModelGroup.start(config, role=role, placement=placement, seed=seed, timeout_s=config.timeout_s, wait=False)
+    try:
+        yield group
+    finally:
+        group.close()
 
 
 def training_evaluator(

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from openrl_reason.algorithms.collect import Collector, check_failure_rate, check_failures
 from openrl_reason.algorithms.common import checked_tokenizer, local_path
-from openrl_reason.algorithms.sampling import rewarded_engines
+from openrl_reason.algorithms.sampling import rewarded_engines, running_group
 from openrl_reason.atomic import atomic_folder, write_json
 from openrl_reason.config import require, to_dict
 from openrl_reason.errors import DataError
-from openrl_reason.evaluation.config import check_output_file
+from openrl_reason.evaluation.folders import check_output_folder, without_nan
 from openrl_reason.evaluation.identity import model_identity, software_versions
 from openrl_reason.evaluation.sets import EvalSet, SetDefaults, prepare_sets
 from openrl_reason.evaluation.table import print_table
@@ -36,7 +35,6 @@ from openrl_reason.evaluation.value_study import (
     position_rows,
     ranking_rows,
     summarise,
-    without_nan,
     write_ranking,
     write_states,
 )
@@ -69,7 +67,7 @@ def analyze_values(
     require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
     some = config.mc or config.critic or config.oreo_critic or config.reference or estimators or step_scores
     require(bool(some), "mc", list(config.mc), "there is nothing to analyze: give --mc, --critic, --oreo_critic or --reference")
-    check_output(config)
+    check_output_folder(config.output, overwrite=config.overwrite)
     path = local_path(config.model)
     tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
     check_models(config, tokenizer)
@@ -114,18 +112,6 @@ def analyze_values(
 
 
 # ---- before anything starts --------------------------------------------------------------------------------------------------------
-
-
-def check_output(config: AnalyzeValuesConfig) -> None:
-    """Refuses an output that exists, unless it is an earlier analysis and may be replaced."""
-    if not config.output:
-        return
-    folder = Path(config.output)
-    if not folder.exists():
-        check_output_file(folder)
-    require(not folder.exists() or config.overwrite, "output", config.output, "it exists: choose another folder, or pass --overwrite true")
-    ours = folder.is_dir() and ((folder / "summary.json").is_file() or not any(folder.iterdir()))
-    require(ours or not folder.exists(), "output", config.output, "that is no earlier analysis, and is not overwritten: choose another folder")
 
 
 def check_models(config: AnalyzeValuesConfig, tokenizer: Any) -> None:
@@ -265,26 +251,15 @@ def add_models(study: ValueStudy, config: AnalyzeValuesConfig, placement: Placem
     scale, shift = config.oreo_affine
     for name, path, a, b in (("critic", config.critic, 1.0, 0.0), ("OREO critic", config.oreo_critic, scale, shift)):
         if path:
-            with _group(ScalarModelConfig(path=local_path(path), **settings), "critic", placement, config.seed) as group:
+            with running_group(ScalarModelConfig(path=local_path(path), **settings), "critic", placement, config.seed) as group:
                 study.add_values(name, scalar_values(group, scale=a, shift=b))
     if config.reference:
         policy, reference = (ModelConfig(path=local_path(path), **settings) for path in (config.model, config.reference))
         with (  # neither waits for the other to load
-            _group(policy, "policy", placement, config.seed) as first,
-            _group(reference, "reference", placement, config.seed) as second,
+            running_group(policy, "policy", placement, config.seed) as first,
+            running_group(reference, "reference", placement, config.seed) as second,
         ):
             study.add_step_scores(IMPLICIT, implicit_advantages(first, second, beta=config.beta))
-
-
-@contextlib.contextmanager
-def _group(settings: ModelConfig, role: str, placement: Placement, seed: int) -> Iterator[Any]:
-    from openrl_reason.workers.model_group import ModelGroup
-
-    group = ModelGroup.start(settings, role=role, placement=placement, seed=seed, timeout_s=settings.timeout_s, wait=False)
-    try:
-        yield group
-    finally:
-        group.close()
 
 
 # ---- results -----------------------------------------------------------------------------------------------------------------------

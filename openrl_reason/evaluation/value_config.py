@@ -22,14 +22,14 @@ MIN_DISTINCT = 3
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How critics, policy and reference are run when they score states. One after the other, when the engines have finished."""
+    """How critics, policy and reference are run when they score. One after the other, when the engines have finished."""
 
     dtype: str = "bfloat16"
     """float32 or bfloat16."""
     num_ranks: int = 1
     """Ranks of each model."""
     tokens_per_micro_batch: int = 4096
-    """States are packed into micro-batches of at most this many tokens."""
+    """Sequences are packed into micro-batches of at most this many tokens."""
     attention: str = "auto"
     """auto, packed or flash_attention_2."""
     threads_per_rank: int = 1

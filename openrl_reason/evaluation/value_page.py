@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from openrl_reason import __version__
-from openrl_reason.evaluation.value_study import ValueStudy, accuracy_rows, position_rows, positions_of, ranking_rows, without_nan
+from openrl_reason.evaluation.folders import without_nan
+from openrl_reason.evaluation.value_study import ValueStudy, accuracy_rows, position_rows, positions_of, ranking_rows
 from openrl_reason.observe.report import asset, block, block_json, plotly_javascript, policy
 
 # Uses of core.js: h, fill, unpackJSON, startTheme, toggleTheme, color, cssColor, faded; of charts.js: lazyCard, baseLayout, PLOT_CONFIG.

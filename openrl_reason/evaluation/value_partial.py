@@ -18,12 +18,13 @@ from openrl_reason.atomic import write_json
 from openrl_reason.config import to_dict
 from openrl_reason.core.seeds import content_id
 from openrl_reason.errors import ConfigError
+from openrl_reason.evaluation.folders import without_nan
 from openrl_reason.evaluation.identity import model_identity
 from openrl_reason.evaluation.sets import EvalSet
 from openrl_reason.evaluation.value_accuracy import Truths
 from openrl_reason.evaluation.value_config import AnalyzeValuesConfig
 from openrl_reason.evaluation.value_states import NextSteps, State
-from openrl_reason.evaluation.value_study import ValueStudy, without_nan
+from openrl_reason.evaluation.value_study import ValueStudy
 from openrl_reason.rewards.config import RewardConfig, split_function
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.branching import Prefix

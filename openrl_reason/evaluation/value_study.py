@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from openrl_reason.evaluation.folders import number_text, write_csv
 from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.evaluation.value_accuracy import (
     Resamples,
@@ -133,11 +133,11 @@ def write_states(study: ValueStudy, path: Path) -> None:
             "truth_rollouts", "estimator", "prediction")  # fmt: skip
     rows = []
     for place, state in enumerate(study.states):
-        about = [state.prefix.key, state.item.task_id, state.trajectory_id, state.step, state.num_steps, _number(state.position),
+        about = [state.prefix.key, state.item.task_id, state.trajectory_id, state.step, state.num_steps, number_text(state.position),
                  len(state.prefix.token_ids), state.prefix.budget]  # fmt: skip
-        truth = [_number(study.truth.values[place]), _number(study.truth.stderrs[place]), int(study.truth.counts[place])]
-        rows += [[*about, *truth, name, _number(values[place])] for name, values in study.predictions.items()]
-    _write_csv(path, head, rows)
+        truth = [number_text(study.truth.values[place]), number_text(study.truth.stderrs[place]), int(study.truth.counts[place])]
+        rows += [[*about, *truth, name, number_text(values[place])] for name, values in study.predictions.items()]
+    write_csv(path, head, rows)
 
 
 def write_ranking(study: ValueStudy, path: Path) -> None:
@@ -147,31 +147,10 @@ def write_ranking(study: ValueStudy, path: Path) -> None:
     for steps, places in zip(study.ranking, study.slices, strict=True):
         for number, place in enumerate(range(places.start, places.stop)):
             length = len(steps.after[number].prefix.token_ids) - len(steps.state.prefix.token_ids)
-            about = [steps.state.prefix.key, steps.state.item.task_id, steps.state.step, number, length, _number(truth.values[place]),
-                     _number(truth.stderrs[place]), int(truth.counts[place])]  # fmt: skip
-            rows += [[*about, name, _number(values[place]), steps.texts[number]] for name, values in study.ranking_predictions.items()]
-    _write_csv(path, head, rows)
-
-
-def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerows(rows)
-
-
-def _number(value: float) -> str:
-    """Seven digits: a float32 to the last bit that matters; empty for NaN."""
-    return f"{value:.7g}" if math.isfinite(value) else ""
-
-
-def without_nan(value: Any) -> Any:
-    """The same for JSON, which has neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {name: without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            about = [steps.state.prefix.key, steps.state.item.task_id, steps.state.step, number, length, number_text(truth.values[place]),
+                     number_text(truth.stderrs[place]), int(truth.counts[place])]  # fmt: skip
+            rows += [[*about, name, number_text(values[place]), steps.texts[number]] for name, values in study.ranking_predictions.items()]
+    write_csv(path, head, rows)
 
 
 def cell(mean: Mapping[str, Any]) -> str:
