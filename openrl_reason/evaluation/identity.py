@@ -1,13 +1,17 @@
-"""Which model and which software made a result."""
+"""Which model, rewards and software made a result."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from openrl_reason import __version__
+from openrl_reason.config import to_dict
+from openrl_reason.rewards.config import RewardConfig, split_function
 
 _PROBES, _PROBE_BYTES = 64, 65536
 
@@ -34,6 +38,24 @@ def model_identity(path: str) -> dict[str, Any]:
         "path": str(folder), "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
         "weights": {file.name: file.stat().st_size for file in weights}, "weights_fingerprint": fingerprint.hexdigest(),
     }  # fmt: skip
+
+
+def code_of(what: Any) -> str:
+    """A setting as it is; a callable by its source, since its own name is that of a place in memory."""
+    if not callable(what):
+        return repr(what)
+    kind = what if hasattr(what, "__code__") else type(what)
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def reward_identity(config: RewardConfig, reward_function: Callable[..., Any] | None = None) -> tuple[Any, ...]:
+    """The settings, and the texts of reward functions in files: an edited one gives other rewards."""
+    places = [Path(split_function(term.source)[0]) for term in config.all_terms]
+    texts = [place.read_bytes().hex() for place in places if place.suffix == ".py" and place.is_file()]
+    return to_dict(config), texts, reward_function and code_of(reward_function)
 
 
 def software_versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ JSON, written at once or not at all. It tells what it depends on, and is used fo
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +14,15 @@ from typing import Any
 import numpy as np
 
 from openrl_reason.atomic import write_json
-from openrl_reason.config import to_dict
 from openrl_reason.core.seeds import content_id
 from openrl_reason.errors import ConfigError
 from openrl_reason.evaluation.folders import without_nan
-from openrl_reason.evaluation.identity import model_identity
+from openrl_reason.evaluation.identity import code_of, model_identity, reward_identity
 from openrl_reason.evaluation.sets import EvalSet
 from openrl_reason.evaluation.value_accuracy import Truths
 from openrl_reason.evaluation.value_config import AnalyzeValuesConfig
 from openrl_reason.evaluation.value_states import NextSteps, State
 from openrl_reason.evaluation.value_study import ValueStudy
-from openrl_reason.rewards.config import RewardConfig, split_function
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.branching import Prefix
 
@@ -74,27 +71,10 @@ def rollouts_identity(
     parts |= {
         "model": model_identity(model), "rollout.dtype": config.rollout.dtype, "sampling": chosen.sampling,
         "samples_per_prompt": chosen.num_samples, "items": [(item.task_id, task.encode_prompt(item, tokenizer)) for item in chosen.items],
-        "grader": sorted({task.grade_kind_of(item) for item in chosen.items}), "step_kind": _code_of(task.step_kind),
-        "reward": (to_dict(config.reward), _reward_files(config.reward), reward_function and _code_of(reward_function)),
+        "grader": sorted({task.grade_kind_of(item) for item in chosen.items}), "step_kind": code_of(task.step_kind),
+        "reward": reward_identity(config.reward, reward_function),
     }  # fmt: skip
     return {name: content_id(repr(part)) for name, part in parts.items()}
-
-
-def _code_of(what: Any) -> str:
-    """A setting as it is; a callable by its source, since its own name is that of a place in memory."""
-    if not callable(what):
-        return repr(what)
-    kind = what if hasattr(what, "__code__") else type(what)
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _reward_files(config: RewardConfig) -> list[str]:
-    """The texts of reward functions in files: an edited one gives other rewards."""
-    places = [Path(split_function(term.source)[0]) for term in config.all_terms]
-    return [place.read_bytes().hex() for place in places if place.suffix == ".py" and place.is_file()]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------------------
