@@ -1,4 +1,4 @@
-"""Engines and rewards whose every answer is written down beforehand, so that counts can be foretold; both answer in an order that a seed scrambles."""
+"""Engines and rewards whose answers are written down beforehand, so that counts can be foretold. Both answer in an order that a seed scrambles."""
 
 from __future__ import annotations
 

@@ -38,7 +38,10 @@ def sample(script, rule, *, order=0, in_flight=5, how="mixed", pool=None, seed=(
 def facts(found):
     """Everything that may not depend on order, engines or window."""
     return {
-        question: [(t.trajectory_id, t.group_id, t.info["response"], t.reward, r.status) for t, r in zip(part.trajectories, part.results, strict=True)]
+        question: [
+            (t.trajectory_id, t.group_id, t.info["response"], t.reward, result.status)
+            for t, result in zip(part.trajectories, part.results, strict=True)
+        ]
         for question, part in found.items()
     }
 
@@ -49,7 +52,8 @@ def test_each_question_gets_the_samples_of_its_rounds_and_no_other(per_side, rou
     for seed in range(8):
         script = random_script(seed, 12, rounds * samples_per_round)
         found, pool = sample(script, rule, order=seed)
-        assert {question: len(part.trajectories) for question, part in found.items()} == {q: by_rounds(letters, rule) for q, letters in script.items()}
+        numbers = {question: len(part.trajectories) for question, part in found.items()}
+        assert numbers == {question: by_rounds(letters, rule) for question, letters in script.items()}
         for question, part in found.items():
             assert [t.info["response"][0] for t in part.trajectories] == list(script[question][: len(part.trajectories)]), "in the order of the seeds"
         assert len(pool.requests) == sum(len(part.trajectories) for part in found.values()), "nothing is sampled in vain"
