@@ -15,7 +15,8 @@ import torch
 
 from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch
-from openrl_reason.core.seeds import content_id, derive_seed
+from openrl_reason.core.order import EpochOrder
+from openrl_reason.core.seeds import content_id
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.tasks.base import Task, TaskItem
 from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig, TrainedModelConfig
@@ -25,20 +26,14 @@ class ItemSampler:
     """Which items a step trains on: a pure function of (seed, step), so that a resumed run needs no position. Each epoch is its own permutation."""
 
     def __init__(self, items: Sequence[Any], seed: int) -> None:
-        self._items, self._seed = items, seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._items, self._order = items, EpochOrder(len(items), seed)
         names = [str(item.task_id) if hasattr(item, "task_id") else str(item) for item in items]
         self.identity = f"{len(items)} items ({content_id(*names)})"
         """Changes when the items or their order do."""
 
     def indices(self, step: int, count: int) -> list[int]:
         """Places of the ``count`` items of ``step``; epochs follow one another without a gap."""
-        positions = range(step * count, (step + 1) * count)
-        epochs = {position // len(self._items) for position in positions}
-        for epoch in epochs - self._orders.keys():
-            self._orders[epoch] = np.random.default_rng(derive_seed(self._seed, "epoch", epoch)).permutation(len(self._items))
-        self._orders = {epoch: order for epoch, order in self._orders.items() if epoch in epochs}
-        return [int(self._orders[position // len(self._items)][position % len(self._items)]) for position in positions]
+        return self._order.indices(step, count)
 
     def items(self, step: int, count: int) -> list[Any]:
         """The ``count`` items of ``step``."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from openrl_reason.environment import device_kind, runtime_variables
 from openrl_reason.errors import ConfigError
-from openrl_reason.workers.network import loopback_cluster, private_folder, write_token_file
+from openrl_reason.workers.network import private_cluster, private_folder, write_token_file
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,9 @@ class Placement:
 
         if not ray.is_initialized():
             self._owns_ray = True
-            with _sigterm_handler_kept():
-                self._connect()
+            _connect(self.config, sum(int(bundle.resources["CPU"]) for bundle in self.bundles), gpu=self.gpu)
         self._group = placement_group([dict(bundle.resources) for bundle in self.bundles], strategy="PACK")
-        try:
-            ray.get(self._group.ready(), timeout=self.config.start_timeout_s)
-        except ray.exceptions.GetTimeoutError:
+        if not self._group.wait(self.config.start_timeout_s):
             wanted, there = _total(self.bundles), {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
             self.close()
             raise ConfigError(
@@ -106,39 +103,6 @@ class Placement:
                 " lower num_ranks / num_engines, use --placement.colocate true, or add nodes"
             ) from None
         return self
-
-    def _connect(self) -> None:
-        import ray
-
-        runtime_env = {"env_vars": runtime_variables("gpu" if self.gpu else "cpu")}
-        address = self.config.address or os.environ.get("RAY_ADDRESS", "")
-        if address:
-            _check_reachable(address)
-            try:
-                ray.init(address=address, runtime_env=runtime_env, log_to_driver=False)
-            except ConnectionError as error:
-                raise ConfigError(f"--placement.address is {address!r}, but no Ray cluster answers there: {error}") from None
-            return
-        need, cores = sum(int(bundle.resources["CPU"]) for bundle in self.bundles), os.cpu_count() or 1
-        if need > 4 * cores:
-            raise ConfigError(
-                f"the run needs {need} CPU bundles, this machine has {cores} cores: lower num_ranks and num_engines, use"
-                " --placement.colocate true, or join a cluster with --placement.address"
-            )
-        if self.gpu and device_kind() == "cpu":
-            raise ConfigError("--placement.device is 'gpu', but this machine has none: use cpu, or join a cluster with --placement.address")
-        write_token_file()
-        folder = private_folder()
-        with loopback_cluster():
-            ray.init(
-                address="local",
-                num_cpus=max(need, cores),
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                logging_level="error",
-                _temp_dir=folder,
-            )
 
     def actor_options(self, role: str, index: int) -> dict[str, Any]:
         """Options for ``ActorClass.options(...)`` that put actor ``index`` of ``role`` on its seat."""
@@ -165,6 +129,56 @@ class Placement:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _connect(config: PlacementConfig, num_cpus: int, *, gpu: bool) -> None:
+    """Joins the cluster that the settings or RAY_ADDRESS name, or starts a private one with at least ``num_cpus``."""
+    import ray
+
+    variables = runtime_variables("gpu" if gpu else "cpu")
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        _check_reachable(address)
+        try:
+            with _sigterm_handler_kept():
+                ray.init(address=address, runtime_env={"env_vars": variables}, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError(f"--placement.address is {address!r}, but no Ray cluster answers there: {error}") from None
+        return
+    cores = os.cpu_count() or 1
+    if num_cpus > 4 * cores:
+        raise ConfigError(
+            f"the run needs {num_cpus} CPU bundles, this machine has {cores} cores: lower num_ranks and num_engines, use"
+            " --placement.colocate true, or join a cluster with --placement.address"
+        )
+    if gpu and device_kind() == "cpu":
+        raise ConfigError("--placement.device is 'gpu', but this machine has none: use cpu, or join a cluster with --placement.address")
+    write_token_file()
+    folder = private_folder()
+    with _sigterm_handler_kept(), private_cluster(variables):
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, cores),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            _temp_dir=folder,
+        )
+
+
+@contextlib.contextmanager
+def ray_session(config: PlacementConfig) -> Iterator[None]:
+    """Ray within the block, for tasks without bundles: the one that is connected, or one found or started as a run does, that ends with it."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _connect(config, 0, gpu=detect_gpu(config))
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager

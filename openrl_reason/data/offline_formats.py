@@ -1,0 +1,299 @@
+"""What a row of offline data is: the formats, which of them a file has, and a row as examples that do not know their format any more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from openrl_reason.core.trajectory import SCHEMA_VERSION, Trajectory
+from openrl_reason.data.offline_config import OfflineDataConfig
+from openrl_reason.data.pairs import PairsConfig, has_reward, is_empty, pair_texts
+from openrl_reason.data.readers import Row
+from openrl_reason.data.templates import Message
+from openrl_reason.errors import DataError, did_you_mean
+from openrl_reason.tasks.prompts import BOXED_INSTRUCTION
+
+KINDS = {
+    "responses": "responses", "conversations": "responses", "trajectories": "responses", "sft": "sft", "pairs": "pairs", "labels": "labels",
+    "stepwise": "steps",
+}  # fmt: skip
+"""What each format's rows are to an algorithm."""
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
+_PUBLISHED_FIRST_TURN = 3
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+class BadRow(DataError):
+    """A row that cannot be used. ``reason`` is what it is counted under."""
+
+    def __init__(self, reason: str, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to be: what the policy was given, what it said, and what that earned."""
+
+    where: str
+    """File and line."""
+    question: str
+    """Equal for examples with the same prompt."""
+    prompt: str
+    """Text before the response; of chats empty."""
+    response: str
+    """Text; of chats empty."""
+    messages: tuple[Message, ...] = ()
+    """A chat, prompt and replies."""
+    first_turn: int = 0
+    """The assistant's messages from this index on are the policy's."""
+    whole_turns: bool = False
+    """Each of the policy's messages is one step."""
+    steps: tuple[str, ...] = ()
+    """The response in its given steps, where the file has them."""
+    rewards: tuple[float, ...] = ()
+    """One for each of ``steps``, or one for the whole; none: not known."""
+    label: bool = False
+    """Whether the file calls it good: the chosen one, a true label, a positive reward."""
+
+
+class Columns(NamedTuple):
+    """The names of the columns that a file has for each purpose; empty where it has none."""
+
+    prompt: str = ""
+    response: str = ""
+    messages: str = ""
+    reward: str = ""
+    label: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    completions: str = ""
+    labels: str = ""
+
+
+def find_columns(names: Sequence[str], config: OfflineDataConfig) -> Columns:
+    """Which of a file's columns is which: the names that the settings give, else the usual ones."""
+
+    def pick(own: str, *usual: str) -> str:
+        return next((name for name in ((own,) if own else usual) if name in names), "")
+
+    return Columns(
+        prompt=pick(config.prompt_key, "prompt"), response=pick(config.response_key, "response", "completion"),
+        messages=pick(config.messages_key, "conversations", "messages"), reward=pick(config.reward_key, "reward"),
+        label=pick(config.label_key, "label"), chosen=pick(config.chosen_key, "chosen"), rejected=pick(config.rejected_key, "rejected"),
+        completions=pick("", "completions"), labels=pick("", "labels"),
+    )  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """The format of a file, and its columns."""
+
+    format: str
+    columns: Columns
+
+    @property
+    def kind(self) -> str:
+        """What its rows are to an algorithm."""
+        return KINDS[self.format]
+
+
+def detect_layout(names: Sequence[str], config: OfflineDataConfig, where: str) -> Layout:
+    """The layout of a file whose first row has these columns. Raises DataError if none fits."""
+    found = find_columns(names, config)
+    return Layout(config.format if config.format != "auto" else _format(names, found, where), found)
+
+
+def _format(names: Sequence[str], found: Columns, where: str) -> str:
+    if {"token_ids", "action_mask", "step_ids"} <= set(names):
+        return "trajectories"
+    if found.chosen and found.rejected:
+        return "pairs"
+    if found.completions and found.labels:
+        return "stepwise"
+    if found.messages:
+        return "conversations" if found.reward else "sft"
+    if found.prompt and found.response:
+        return "responses" if found.reward else "labels" if found.label else "sft"
+    raise DataError(
+        f"{where}: no format has the columns {', '.join(map(str, names)) or 'none'}. Known: prompt, response (or completion), reward;"
+        " conversations (or messages), with or without reward; prompt, chosen, rejected; prompt, completion, label; prompt, completions, labels;"
+        " prompt, response; trajectory files. For other names: --data.prompt_key, --data.response_key, --data.reward_key, --data.label_key,"
+        " --data.messages_key, --data.chosen_key, --data.rejected_key"
+    )
+
+
+def parse_row(row: Row, layout: Layout, config: OfflineDataConfig) -> list[Example] | Trajectory:
+    """The examples of a row: two of a pair (chosen, rejected), else one; or the finished trajectory it is.
+
+    Raises BadRow where the row is not of this layout."""
+    format, columns = layout
+    if format == "trajectories":
+        return _trajectory(row)
+    if format == "pairs":
+        return _pair(row, columns, config)
+    if format == "conversations" or (format == "sft" and columns.messages):
+        return [_conversation(row, columns, config, rewarded=format == "conversations")]
+    if format == "stepwise":
+        return [_stepwise(row, columns, config)]
+    prompt = _need(row, columns, "prompt", config.prompt_key or "prompt")
+    response = _need(row, columns, "response", config.response_key or "response")
+    rewards: tuple[float, ...] = ()
+    label = False
+    if format == "responses":
+        rewards = (_number(row, _need_name(row, columns.reward, config.reward_key or "reward")),)
+        label = rewards[0] > 0
+    if format == "labels":
+        label = _label(row, row.values[name := _need_name(row, columns.label, config.label_key or "label")], name)
+        rewards = (float(label),)
+    return [_example(row, columns, prompt, response, rewards=rewards, label=label)]
+
+
+# ---- one row -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _need_name(row: Row, name: str, wanted: str) -> str:
+    if not name or name not in row.values:
+        wanted = name or wanted
+        there = ", ".join(map(str, row.values)) or "none"
+        raise BadRow("missing_column", row.where, f"no column {wanted!r}{did_you_mean(wanted, map(str, row.values))}; there are: {there}")
+    return name
+
+
+def _need(row: Row, columns: Columns, purpose: str, wanted: str) -> Any:
+    name = _need_name(row, getattr(columns, purpose), wanted)
+    value = row.values[name]
+    if value is None:
+        raise BadRow("missing_value", row.where, f"column {name!r} is empty (null)")
+    if not isinstance(value, str | list):
+        raise BadRow("not_text", row.where, f"column {name!r} holds {str(value)[:80]!r}; expected text or a list of messages")
+    return value
+
+
+def _is_csv_text(row: Row, value: Any) -> bool:
+    """In CSV files everything is text; elsewhere text is no number."""
+    return isinstance(value, str) and Path(row.where.rpartition(":")[0]).suffix == ".csv"
+
+
+def _number(row: Row, name: str) -> float:
+    value = row.values[name]
+    if _is_csv_text(row, value):
+        with contextlib.suppress(ValueError):
+            value = _TRUTH[value.strip().lower()] if value.strip().lower() in _TRUTH else float(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow("reward_not_a_number", row.where, f"column {name!r} holds {str(value)[:80]!r}; expected a finite number")
+    return float(value)
+
+
+def _label(row: Row, value: Any, name: str) -> bool:
+    if _is_csv_text(row, value):
+        value = _TRUTH.get(value.strip().lower(), value)
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise BadRow("label_not_true_or_false", row.where, f"column {name!r} holds {str(value)[:80]!r}; expected true or false, 1 or 0")
+    return bool(value)
+
+
+def _example(row: Row, columns: Columns, prompt: Any, response: Any, **rest: Any) -> Example:
+    if isinstance(prompt, str) and isinstance(response, str):
+        return Example(row.where, prompt, prompt, response, **rest)
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(_messages(row, prompt, columns.prompt))
+    after = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(_messages(row, response, columns.response))
+    if not any(message["role"] == "assistant" for message in after):
+        raise BadRow("no_reply", row.where, f"column {columns.response!r} has no message of the assistant")
+    return Example(row.where, _question(before), "", "", messages=(*before, *after), first_turn=len(before), **rest)
+
+
+def _question(messages: Sequence[Message]) -> str:
+    return json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+
+
+def _messages(row: Row, value: Any, name: str) -> Iterator[Message]:
+    """Messages as {role, content}, also from {from, value}."""
+    if not isinstance(value, list) or not value:
+        raise BadRow("not_messages", row.where, f"column {name!r} holds {str(value)[:80]!r}; expected text or a list of messages")
+    for number, message in enumerate(value):
+        if isinstance(message, Mapping) and message.get("role") is None and message.get("from") is not None:
+            message = {"role": message["from"], "content": message.get("value")}
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(part), str) for part in ("role", "content")):
+            need = "needs the texts 'role' and 'content' (or 'from' and 'value')"
+            raise BadRow("not_messages", row.where, f"column {name!r}, message {number}: a message {need}: {str(message)[:80]}")
+        if message["role"] not in _ROLES:
+            hint = f"{message['role']!r}; known: {', '.join(_ROLES)}{did_you_mean(message['role'], _ROLES)}"
+            raise BadRow("unknown_role", row.where, f"column {name!r}, message {number}: unknown role {hint}")
+        yield {"role": _ROLES[message["role"]], "content": message["content"]}
+
+
+def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewarded: bool) -> Example:
+    name = _need_name(row, columns.messages, config.messages_key or "conversations")
+    messages = tuple(_messages(row, row.values[name], name))
+    published = config.first_action_turn < 0 and name == "conversations"
+    first = _PUBLISHED_FIRST_TURN if published else max(config.first_action_turn, 0)
+    actions = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+    if not actions:
+        hint = f" at index {first} or later (--data.first_action_turn {config.first_action_turn})" if first else ""
+        raise BadRow("no_reply", row.where, f"column {name!r} has {len(messages)} messages, and none of the assistant{hint}")
+    rewards = (_number(row, _need_name(row, columns.reward, config.reward_key or "reward")),) if rewarded else ()
+    question = _question(messages[: actions[0]])
+    return Example(
+        row.where, question, "", "", messages=messages, first_turn=actions[0], whole_turns=not config.split_turns, rewards=rewards,
+        label=bool(rewards and rewards[0] > 0),
+    )  # fmt: skip
+
+
+def _pair(row: Row, columns: Columns, config: OfflineDataConfig) -> list[Example]:
+    chosen = _need_name(row, columns.chosen, config.chosen_key or "chosen")
+    rejected = _need_name(row, columns.rejected, config.rejected_key or "rejected")
+    try:
+        texts = pair_texts(row, PairsConfig(prompt_key=columns.prompt, chosen_key=chosen, rejected_key=rejected))
+    except DataError as error:
+        raise BadRow("not_a_pair", row.where, _without_flags(row, error)) from None
+    return [
+        _example(row, columns._replace(response=name), texts[0], texts[side], rewards=(reward,), label=bool(reward))
+        for side, name, reward in ((1, chosen, 1.0), (2, rejected, 0.0))
+    ]
+
+
+def _without_flags(row: Row, error: DataError) -> str:
+    """The message without its place and the flags of another command."""
+    return re.sub(r" \(--pairs[^)]*\)", "", str(error).removeprefix(f"{row.where}: "))
+
+
+def _stepwise(row: Row, columns: Columns, config: OfflineDataConfig) -> Example:
+    prompt = _need(row, columns, "prompt", config.prompt_key or "prompt")
+    steps = row.values[_need_name(row, columns.completions, "completions")]
+    labels = row.values[_need_name(row, columns.labels, "labels")]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not isinstance(labels, list):
+        raise BadRow("not_steps", row.where, "expected lists: texts in 'completions', true or false in 'labels'")
+    if len(steps) != len(labels):
+        raise BadRow("not_steps", row.where, f"there are {len(steps)} completions and {len(labels)} labels; each step needs one")
+    rewards = tuple(float(_label(row, label, "labels")) for label in labels)
+    texts = tuple(step + config.step_separator for step in steps[:-1]) + tuple(steps[-1:])
+    return _example(row, columns, prompt, "".join(texts), steps=texts, rewards=rewards, label=all(rewards))
+
+
+def _trajectory(row: Row) -> Trajectory:
+    values = {"schema_version": SCHEMA_VERSION, **row.values}
+    try:
+        if isinstance(values.get("info"), str):  # of Parquet files
+            values["info"] = json.loads(values["info"])
+        trajectory = Trajectory.from_record(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRow("not_a_trajectory", row.where, f"not a trajectory: {error}") from None
+    if not has_reward(trajectory):
+        trajectory.info["has_reward"] = False
+    return trajectory
+
+
+def asks_for_box(example: Example) -> bool:
+    """Whether the prompt has MATH's instruction to box the answer, which decides how published OREO cuts the response."""
+    return any(BOXED_INSTRUCTION in text for text in (example.prompt, *(m["content"] for m in example.messages[: example.first_turn])))
+
+
+def says_nothing(example: Example) -> bool:
+    """Whether the policy's part has no text at all."""
+    return is_empty(list(example.messages[example.first_turn :]) if example.messages else example.response)

@@ -1,0 +1,133 @@
+"""The files behind a list of paths: which they are, what tells that they changed, and the stretches in which they are read side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openrl_reason.data.readers import SUFFIXES, WHOLE, Part, is_saved_folder, iter_rows, load_hub, load_saved
+from openrl_reason.errors import DataError
+
+FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".csv")
+"""Files that are read of a folder; .json files only where none of these is there, since runs keep settings and counts in such files."""
+_LINES = (".jsonl", ".ndjson", ".txt")
+_HASHED_WHOLE = 64 << 20
+_SAMPLE, _NUM_SAMPLES = 1 << 20, 32
+_ROWS_PER_PART = 16_384
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, saved folder or hub name."""
+
+    path: str
+    folder: str = ""
+    """The folder that was asked for, where the file is one of several in it."""
+
+
+def expand(paths: Sequence[str]) -> list[Source]:
+    """The sources in their order; the files of a folder by name. Raises DataError for a folder without any."""
+    sources = []
+    for path in paths:
+        folder = Path(path).expanduser()
+        if not folder.is_dir() or is_saved_folder(folder):
+            sources.append(Source(str(path)))
+            continue
+        files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
+        files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json")
+        if not files:
+            raise DataError(f"there is no data file ({', '.join(SUFFIXES)}) in the folder {path}")
+        sources += [Source(str(file), str(path)) for file in files]
+    return sources
+
+
+def first_row(source: Source, split: str) -> Any:
+    """The first record that reads, which tells a source's format. Raises DataError if there is none."""
+    errors: list[DataError] = []
+    for row in iter_rows(source.path, split=split, on_bad=errors.append):
+        return row
+    raise errors[0] if errors else DataError(f"{source.path} has no rows")
+
+
+def source_identity(source: Source, split: str) -> list[Any]:
+    """JSON that changes when the content does. Of files up to 64 MiB that is their hash; of larger ones size, time of change and the hash of 32
+    samples of a MiB each; of a hub data set that of its files on this disk."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [source.path, *_file_identity(path)]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+        return [source.path, split, *(_file_identity(file) for file in files)]
+    cached = [Path(entry["filename"]) for entry in load_hub(source.path, split).cache_files]
+    return [source.path, split, *(_file_identity(file) for file in cached)]
+
+
+def _file_identity(file: Path) -> list[Any]:
+    status, digest = file.stat(), hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        if status.st_size <= _HASHED_WHOLE:
+            while block := stream.read(_SAMPLE):
+                digest.update(block)
+            return [status.st_size, digest.hexdigest()]
+        for number in range(_NUM_SAMPLES):
+            stream.seek((status.st_size - _SAMPLE) * number // (_NUM_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def source_bytes(source: Source) -> int:
+    """Size on disk; 0 where that is not known without a network."""
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else 0
+
+
+def plan_parts(source: Source, split: str, part_bytes: int) -> list[Part]:
+    """Stretches of about ``part_bytes`` that make up the source, in order. JSON lists and CSV files are one part."""
+    path = Path(source.path).expanduser()
+    if path.is_file() and path.suffix in _LINES:
+        return _line_parts(path, part_bytes)
+    if path.is_file() and path.suffix == ".parquet":
+        return _row_group_parts(path, part_bytes)
+    if path.is_file():
+        return [WHOLE]
+    num_rows = len(load_saved(path, split) if path.is_dir() else load_hub(source.path, split))
+    return [Part(start, min(start + _ROWS_PER_PART, num_rows), start) for start in range(0, num_rows, _ROWS_PER_PART)] or [WHOLE]
+
+
+def _line_parts(path: Path, part_bytes: int) -> list[Part]:
+    """One pass over the file, since a line's number is how many stand before it."""
+    parts, start, first, lines, place = [], 0, 0, 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            if place + len(block) - start >= part_bytes and (cut := block.rfind(b"\n") + 1):
+                through = lines + block.count(b"\n", 0, cut)
+                parts.append(Part(start, place + cut, first))
+                start, first = place + cut, through
+            lines += block.count(b"\n")
+            place += len(block)
+    if start < place or not parts:
+        parts.append(Part(start, place, first))
+    return parts
+
+
+def _row_group_parts(path: Path, part_bytes: int) -> list[Part]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: malformed Parquet: {str(error).splitlines()[0]}") from None
+    parts, start, first, rows, size = [], 0, 0, 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        rows, size = rows + group.num_rows, size + group.total_byte_size
+        if size >= part_bytes or number + 1 == metadata.num_row_groups:
+            parts.append(Part(start, number + 1, first))
+            start, first, size = number + 1, rows, 0
+    return parts or [WHOLE]
