@@ -52,6 +52,12 @@ def _dpo(argv: Sequence[str], prog: str) -> None:
     DPOTrainer(parse_config(DPOConfig, argv, prog=prog)).fit()
 
 
+def _collect(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.collection import CollectConfig, collect_samples
+
+    collect_samples(parse_config(CollectConfig, argv, prog=prog))
+
+
 def _evaluate(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 
@@ -92,6 +98,12 @@ def _make_model(argv: Sequence[str], prog: str) -> None:
     make(parse_config(MakeModelConfig, argv, prog=prog))
 
 
+def _inspect_data(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.data.inspect_data import InspectDataConfig, inspect_data
+
+    inspect_data(parse_config(InspectDataConfig, argv, prog=prog))
+
+
 @dataclass(frozen=True)
 class Command:
     """A command and its line in the help."""
@@ -103,6 +115,7 @@ class Command:
 
 
 _GOES_ON = " With --output, the same command goes on from the samples it has."
+_BLOCKS = " The same command goes on from the blocks of samples it has."
 _RESUMES = " The last complete checkpoint is intact; --run.resume continues from it."
 
 COMMANDS = {
@@ -113,6 +126,8 @@ COMMANDS = {
     "vineppo": Command(_vineppo, "VinePPO: PPO whose values are Monte-Carlo rollouts from every reasoning step, without a critic", _RESUMES),
     "restem": Command(_restem, "RestEM, rejection sampling: fine-tuning on the policy's own right responses", _RESUMES),
     "dpo": Command(_dpo, "DPO, DPO-Positive, IPO on preference pairs: from a file, rewarded samples, or sampled first", _RESUMES),
+    "collect": Command(_collect, "rewarded samples of a model to training questions, as offline data: all, balanced, or right ones alone", _BLOCKS),
+    "inspect-data": Command(_inspect_data, "what offline training would see: counts, lengths, and examples with the policy's tokens marked"),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "analyze-values": Command(_analyze_values, "how accurate critics and Monte-Carlo values of states between steps are, against many rollouts"),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,7 @@ def build_store(
     different layouts and where no row is left; ConfigError for settings that cannot work with this tokenizer."""
     require(bool(config.path), "data.path", "", "name a file, a folder of files or a hub name")
     folder = Path(config.store or folder).absolute()
+    tokenizer_path = str(Path(tokenizer_path).absolute()) if Path(tokenizer_path).exists() else tokenizer_path
     sources = expand(config.path)
     layouts = _layouts(sources, config)
     key = store_key(config, sources, tokenizer_path)
@@ -113,25 +115,29 @@ def build_store(
 
 def _run(job: Job, size: int, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """All parts' shards in order, and the sum of their counts."""
-    results: Iterator[dict[str, Any]]
+    results: Generator[dict[str, Any]]
     if job.config.parallel == "always" or (job.config.parallel == "auto" and size > _WORTH_RAY):
         from openrl_reason.workers.loader import map_parts
 
         results = map_parts(job, len(job.parts))
     else:
-        results = map(job, range(len(job.parts)))
+        results = (job(number) for number in range(len(job.parts)))
     shards: list[dict[str, Any]] = []
     counts: Counter[str] = total(())
     said = time.perf_counter()
-    for number, result in enumerate(results, start=1):
-        if result["error"]:
-            kind, message = result["error"]
-            raise getattr(errors, kind, DataError)(message)
-        shards += result["shards"]
-        counts.update(result["counts"])
-        if time.perf_counter() - said > _SAY_EVERY_S:
-            said = time.perf_counter()
-            say(f"token store: {number} of {len(job.parts)} parts, {counts['rows']} rows")
+    with contextlib.closing(results):
+        for number, result in enumerate(results, start=1):
+            if result["error"]:
+                kind, message = result["error"]
+                raise getattr(errors, kind, DataError)(message)
+            shards += result["shards"]
+            counts.update(result["counts"])
+            if time.perf_counter() - said > _SAY_EVERY_S:
+                said = time.perf_counter()
+                say(f"token store: {number} of {len(job.parts)} parts, {counts['rows']} rows")
+    missing = [shard["name"] for shard in shards if not (Path(job.folder) / "shards" / shard["name"]).is_dir()]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(shards)} shards that tasks wrote are not seen here: --data.store must be on a shared disk")
     return shards, counts
 
 

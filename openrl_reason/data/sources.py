@@ -34,13 +34,14 @@ def expand(paths: Sequence[str]) -> list[Source]:
     for path in paths:
         folder = Path(path).expanduser()
         if not folder.is_dir() or is_saved_folder(folder):
-            sources.append(Source(str(path)))
+            sources.append(Source(str(folder.absolute()) if folder.exists() else str(path)))  # tasks have another working directory
             continue
+        folder = folder.absolute()
         files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
         files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json")
         if not files:
             raise DataError(f"there is no data file ({', '.join(SUFFIXES)}) in the folder {path}")
-        sources += [Source(str(file), str(path)) for file in files]
+        sources += [Source(str(file), str(folder)) for file in files]
     return sources
 
 
