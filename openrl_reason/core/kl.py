@@ -10,6 +10,8 @@ k1 belongs into rewards (detached); as a loss its expected gradient is zero.
 
 from __future__ import annotations
 
+from math import exp, isfinite, log
+
 import torch
 from torch import Tensor
 
@@ -80,3 +82,40 @@ class AdaptiveKL(FixedKL):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coefficient *= 1.0 + error * min(num_samples / self.horizon, 1.0)
+
+
+class DualKL(FixedKL):
+    """Gradient steps on the logarithm of the coefficient until the KL meets a target (OREO's ``kl_targ``): Adam ascends log c * (KL - target).
+
+    Adam makes a step as large as ``lr`` whatever the KL's size, so the coefficient moves by about a factor of e^lr at each update.
+    """
+
+    BETAS, EPS = (0.9, 0.999), 1e-8
+
+    def __init__(self, coefficient: float, target: float, lr: float = 1e-3):
+        super().__init__(coefficient)
+        if coefficient <= 0 or target <= 0 or lr <= 0:
+            raise ValueError(f"coefficient ({coefficient}), target ({target}) and lr ({lr}) must be positive")
+        self.target, self.lr, self.log_coefficient = target, lr, log(coefficient)
+        self.first, self.second, self.updates = 0.0, 0.0, 0
+
+    def update(self, kl: float, num_samples: int = 1) -> None:
+        """``kl``: mean KL of the last batch, in the unit of the target. One that is not finite changes nothing."""
+        if not isfinite(kl):
+            return
+        gradient, (beta1, beta2) = kl - self.target, self.BETAS
+        self.updates += 1
+        self.first = beta1 * self.first + (1 - beta1) * gradient
+        self.second = beta2 * self.second + (1 - beta2) * gradient**2
+        first, second = self.first / (1 - beta1**self.updates), self.second / (1 - beta2**self.updates)
+        self.log_coefficient += self.lr * first / (second**0.5 + self.EPS)
+        self.coefficient = exp(self.log_coefficient)
+
+    def state_dict(self) -> dict[str, float]:
+        names = ("log_coefficient", "first", "second", "updates")
+        return super().state_dict() | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        super().load_state_dict(state)
+        for name in ("log_coefficient", "first", "second", "updates"):
+            setattr(self, name, state[name])

@@ -239,14 +239,15 @@ def test_at_the_published_fixed_point_of_the_tree_every_oreo_loss_is_zero(level)
 def test_training_from_zero_converges_to_the_published_fixed_point(level):
     logits = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     values = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits, values], lr=0.03)
-    for _ in range(1500):
+    optimizer = torch.optim.Adam([logits, values], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=500)
+    for _ in range(500):
         batch = tree_batch(logits, values)
         policy, _ = oreo_policy_loss(**batch, beta=0.3, level=level)
         critic, _ = oreo_value_loss(**batch, beta=0.3)
         optimizer.zero_grad()
         (policy + critic).backward()
-        optimizer.step()
+        optimizer.step(), schedule.step()
     assert values.tolist() == pytest.approx(GOLDEN_VALUES, abs=2e-4)
     assert logits.softmax(-1)[:, 1].tolist() == pytest.approx(GOLDEN_POLICY, abs=2e-4)
 

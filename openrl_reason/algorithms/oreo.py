@@ -1,0 +1,252 @@
+"""OREO: offline reinforcement learning for multi-step reasoning (arXiv 2412.16145). A policy and a critic learn the soft Bellman equation
+
+    V(s_t) = R_t - beta sum_{i >= t} log pi(a_i | s_i) / ref(a_i | s_i)
+
+from rewarded responses that somebody else may have written: no rollout engine. One step, on the next rows of the data:
+
+1. the reference's log-probs (and hidden states, for the exact KL) come from disk, or from a group of ranks;
+2. both losses see policy and critic as they are before this step. The critic's residual needs the policy's log-probs, the policy's the
+   critic's values; either is free where its model runs forward for its own update anyway, so one extra forward is enough: the critic's,
+   which has no vocabulary to go through. Where policy and critic have ranks of their own, both are asked first, and update side by side;
+3. the policy's update: residual loss + coefficient x KL to the reference; the critic's update: residual loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from openrl_reason.algorithms.common import checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
+from openrl_reason.algorithms.offline_reference import OfflineReference
+from openrl_reason.algorithms.oreo_config import OfflineReferenceConfig, OREOAlgoConfig, OREOConfig, OREOKLConfig
+from openrl_reason.algorithms.oreo_losses import OREOPolicyLoss, OREOValueLoss, offline_metrics, oreo_batch, oreo_denominators
+from openrl_reason.algorithms.trainer import Callback, Trainer
+from openrl_reason.atomic import write_json
+from openrl_reason.config import require
+from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.kl import DualKL, FixedKL
+from openrl_reason.core.losses import oreo_policy_loss, oreo_value_loss
+from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
+from openrl_reason.data.token_store import TokenStore
+from openrl_reason.errors import DataError
+from openrl_reason.workers.placement import Placement, Role
+
+
+class OREOTrainer(Trainer):
+    """Trains a policy and a critic on rewarded responses.
+
+    Args:
+        config: all settings.
+        store: replaces the data that ``config.data`` names.
+        callbacks: called after each step with (finished steps, metrics).
+    """
+
+    headline: ClassVar = (
+        "train/policy_loss", "critic/value_loss", "train/kl", "offline/value_auc", "offline/advantage_correlation", "train/grad_norm",
+        "timing/step",
+    )  # fmt: skip
+    curves: ClassVar = (
+        "train/policy_loss", "critic/value_loss", "train/kl", "offline/value_auc", "offline/value_mean", "offline/log_ratio_median_right",
+        "offline/log_ratio_median_wrong", "train/grad_norm",
+    )  # fmt: skip
+
+    def __init__(self, config: OREOConfig, *, store: TokenStore | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        super().__init__(config, callbacks)
+        require(store is not None or bool(config.data.path), "data.path", "", "there are no responses: name a file of them")
+        self._given = store
+        algo, kl = config.algo, config.algo.kl
+        self.kl = DualKL(kl.coef, kl.target, kl.target_lr) if kl.target else FixedKL(kl.coef)
+        direction = "forward" if kl.kind == "forward" else "reverse"
+        self.reference = OfflineReference(config.reference, config.policy, exact=algo.exact_kl, direction=direction)
+        # Dropout in the update would make its log-probs others than those that the critic is to learn from.
+        self._needs_own_forward = bool(algo.ema_decay) or config.policy.lora.dropout > 0
+
+    # ---- the step ------------------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step of the critic and, after the frozen ones, of the policy."""
+        started = time.perf_counter()
+        batch = self.next_batch(self.loader.rows(self.done), self.loader.trajectories(self.done))
+        reading = time.perf_counter() - started
+        metrics, logprobs, values = self.update(batch)
+        metrics |= offline_metrics(batch, logprobs, values, self.config.algo.beta)
+        if "train/kl" in metrics:
+            metrics["train/kl_coef"] = self.kl.coefficient
+            self.kl.update(metrics["train/kl"], batch.num_sequences)
+        metrics |= {"timing/read": reading, "train/tokens": float(batch.num_tokens), "train/reward": float(batch.sequences["rewards"].mean())}
+        metrics["perf/tokens_per_second"] = batch.num_tokens / (time.perf_counter() - started)
+        return metrics
+
+    def next_batch(self, rows: Sequence[int], trajectories: Sequence[Any]) -> TokenBatch:
+        """The batch of ``rows`` with states, returns and the reference's scores."""
+        positive = torch.from_numpy(self.store.labels[np.asarray(rows)].astype(np.float32))
+        batch = oreo_batch(TokenBatch.from_trajectories(trajectories), positive, self.config.algo.level)
+        return self.reference.attach(rows, batch)
+
+    def update(self, batch: TokenBatch) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+        """The optimiser steps. Returns metrics, and the log-probs and values [N] from before them."""
+        frozen = self.config.algo.critic_only or self.done < self._frozen_steps
+        metrics: dict[str, float] = {}
+        if not frozen and not self._needs_own_forward and self.config.placement.colocate:
+            values = self.critic.values(batch)
+            metrics, logprobs = self.update_policy(batch, values)
+            return metrics | self.update_critic(batch, logprobs), logprobs, values
+        pending = self.policy.logprobs_async(batch), self.critic.values_async(batch)
+        logprobs, values = pending[0].result()["logprobs"], pending[1].result()["values"]
+        target = self.policy.logprobs(batch, average=True)["logprobs"] if self.config.algo.ema_decay else logprobs
+        if frozen:
+            return self.update_critic(batch, target) | {"train/policy_frozen": 1.0}, logprobs, values
+        if self.config.placement.colocate:
+            return self.update_policy(batch, values)[0] | self.update_critic(batch, target), logprobs, values
+        with ThreadPoolExecutor(1) as thread:
+            critic = thread.submit(self.update_critic, batch, target)
+            metrics = self.update_policy(batch, values)[0]
+            return metrics | critic.result(), logprobs, values
+
+    def update_policy(self, batch: TokenBatch, values: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+        """One optimiser step of the policy against ``values`` [N]; returns metrics, and the log-probs [N] from before it."""
+        started, algo = time.perf_counter(), self.config.algo
+        loss, denominators = OREOPolicyLoss(algo, self.kl.coefficient), oreo_denominators(batch, algo.average, algo.level)
+        found, kept = self.policy.update_keeping(batch.with_tokens(values=values), loss, denominators, with_entropy=True, keep=("logprobs",))
+        return update_metrics([found]) | {"timing/update": time.perf_counter() - started}, kept["logprobs"]
+
+    def update_critic(self, batch: TokenBatch, logprobs: torch.Tensor) -> dict[str, float]:
+        """One optimiser step of the critic against the policy's ``logprobs`` [N]."""
+        started, algo = time.perf_counter(), self.config.algo
+        bare = replace(batch, tokens={name: tensor for name, tensor in batch.tokens.items() if name != "ref_hidden"}).with_tokens(logprobs=logprobs)
+        metrics = update_metrics([self.critic.update(bare, OREOValueLoss(algo), oreo_denominators(batch, algo.average, algo.level))])
+        metrics["timing/update"] = time.perf_counter() - started
+        return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses and diagnostics of policy and critic as they are, on held-out rows."""
+        if not len(self.held_out):
+            return {}
+        algo, parts = self.config.algo, []
+        for first in range(0, len(self.held_out), self.config.batch_size):
+            rows = self.held_out[first : first + self.config.batch_size]
+            batch = self.next_batch(rows, self.store.trajectories(rows))
+            pending = self.policy.logprobs_async(batch), self.critic.values_async(batch)
+            batch = replace(batch, tokens={name: tensor for name, tensor in batch.tokens.items() if name != "ref_hidden"})
+            parts.append(batch.with_tokens(logprobs=pending[0].result()["logprobs"], values=pending[1].result()["values"]))
+        batch = TokenBatch.concat(parts)
+        tokens, rewards = batch.tokens, batch.sequences["rewards"]
+        shared = (rewards, batch.action_mask, tokens["states"], batch.cu_seqlens)
+        settings = {"beta": algo.beta, "returns": tokens["returns"], "average": algo.average}
+        policy, _ = oreo_policy_loss(tokens["logprobs"], tokens["ref_logprobs"], tokens["values"], *shared, level=algo.level, **settings)
+        value, _ = oreo_value_loss(tokens["values"], tokens["logprobs"], tokens["ref_logprobs"], *shared, **settings)
+        found = {"eval/policy_loss": float(policy), "eval/value_loss": float(value)}
+        diagnostics = offline_metrics(batch, tokens["logprobs"], tokens["values"], algo.beta)
+        return found | {name.replace("offline/", "eval/"): number for name, number in diagnostics.items()}
+
+    # ---- data ----------------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        from openrl_reason.models.scalar_model import check_scalar_folder
+
+        config = self.config
+        length, trust = config.data.max_length, config.policy.trust_remote_code
+        self.model_path = local_path(config.policy.path)
+        self.tokenizer = checked_tokenizer(self.model_path, length, flag="data.max_length", trust_remote_code=trust)
+        if config.reference.path:
+            checked_tokenizer(self.reference.path, length, flag="data.max_length", trust_remote_code=trust)
+        critic = self.critic_config()
+        check_scalar_folder(critic.path, self.tokenizer, length, flag="critic.path", trust_remote_code=critic.trust_remote_code)
+        self.store = self._given
+        if self.store is None:
+            self.store = build_store(config.data, self.model_path, self.folder / "data", trust_remote_code=trust)
+        if self.store.kind not in ("responses", "steps"):
+            raise DataError(f"the data are of the kind {self.store.kind!r}: OREO needs responses with a reward (--data.format responses)")
+        known = np.asarray(self.store.has_reward, bool)
+        rows, held_out = (part[known[part]] for part in split_held_out(self.store, config.eval_fraction, self.run.seed))
+        self.held_out = held_out[: config.eval_rows]
+        right = int(self.store.labels[rows].sum())
+        counts = {"rows": len(self.store), "without_reward": int((~known).sum()), "training": len(rows), "held_out": len(held_out)}
+        self._counts = counts | {"right": right, "wrong": len(rows) - right, "held_out_used": len(self.held_out)}
+        if not len(rows):
+            raise DataError(f"there are no responses to learn from: {self._counts}")
+        print("responses: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self._counts.items()))
+        if not right or right == len(rows):
+            print(f"WARNING: all training responses are {'right' if right else 'wrong'}: OREO learns from the difference")
+        self.loader = OfflineLoader(self.store, config.batch_size, seed=self.run.seed, rows=rows, epochs=config.epochs)
+        self.run = replace(self.run, steps=min(self.run.steps, self.loader.num_steps(config.epochs)))
+        self._frozen_steps = ceil(config.algo.freeze_ratio * self.run.steps)
+        self._used_rows = np.sort(np.concatenate([rows, self.held_out]))
+
+    def critic_config(self) -> Any:
+        """The critic's settings with its path resolved."""
+        return replace(self.config.critic, path=local_path(self.config.critic.path or self.config.policy.path))
+
+    # ---- actors and state ----------------------------------------------------------------------------------------------------------------
+
+    def roles(self) -> list[Role]:
+        return [Role("policy", self.config.policy.num_ranks), Role("critic", self.config.critic.num_ranks), *self.reference.roles()]
+
+    def plan(self) -> list[tuple[str, str]]:
+        config, algo, critic = self.config, self.config.algo, self.critic_config()
+        kl = f"{algo.kl.kind} x {algo.kl.coef:g}" + (f", adapted to {algo.kl.target:g}" if algo.kl.target else "")
+        return [
+            ("optimiser steps", f"{config.epochs} epochs over the responses, {config.batch_size} a step"),
+            ("loss", f"OREO, level {algo.level}, beta {algo.beta:g}, KL {kl}"),
+            ("policy", describe_model(config.policy) + ("; not trained" if algo.critic_only else "")),
+            ("critic", describe_model(critic)),
+            ("reference", self.reference.describe()),
+            ("memory of the weights", f"{estimate_memory(config.policy)}, {estimate_memory(critic, name='critic')}"),
+        ]
+
+    def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
+        from openrl_reason.workers.model_group import ModelGroup
+
+        stack.callback(self.loader.close)
+        policy, critic, seed = replace(self.config.policy, path=self.model_path), self.critic_config(), self.run.seed
+        trained = max(self.run.steps - self._frozen_steps, 1)
+        self.policy, self.critic = (
+            ModelGroup.start(config, role=role, placement=placement, seed=seed, total_steps=steps, timeout_s=config.timeout_s, wait=False)
+            for config, role, steps in ((policy, "policy", trained), (critic, "critic", self.run.steps))
+        )
+        for group in (self.policy, self.critic):
+            stack.callback(group.close)
+        if self.config.algo.ema_decay:
+            self.policy.start_average(self.config.algo.ema_decay)
+        self.reference.prepare(self.store, self._used_rows, self.folder / "reference")
+        self.reference.build(self.policy, self._used_rows, placement, stack, seed=seed)
+        self.critic.ready()
+        write_json(self.folder / "data.json", self._counts)
+
+    def order(self) -> dict[str, Any]:
+        config = self.config
+        return {"run.seed": self.run.seed, "batch_size": config.batch_size, "training responses": self.loader.identity}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"kl": self.kl.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.kl.load_state_dict(state["kl"])
+
+    def export(self, folder: Path) -> None:
+        """The policy into ``folder``, and the critic beside it into ``critic``, head included."""
+        self.policy.export_hf(folder)
+        self.critic.export_hf(folder.parent / "critic")
+
+    def save_workers(self, folder: Path) -> None:
+        self.policy.save_state(folder / "policy")
+        self.policy.export_hf(folder / "model")
+        self.critic.save_state(folder / "critic")
+        self.critic.export_hf(folder / "critic_model")
+
+    def load_workers(self, folder: Path) -> None:
+        self.policy.load_state(folder / "policy")
+        self.critic.load_state(folder / "critic")
+
+
+__all__ = ["OREOAlgoConfig", "OREOConfig", "OREOKLConfig", "OREOTrainer", "OfflineReferenceConfig"]
