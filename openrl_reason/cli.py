@@ -58,6 +58,12 @@ def _collect(argv: Sequence[str], prog: str) -> None:
     collect_samples(parse_config(CollectConfig, argv, prog=prog))
 
 
+def _oreo(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.oreo import OREOConfig, OREOTrainer
+
+    OREOTrainer(parse_config(OREOConfig, argv, prog=prog)).fit()
+
+
 def _evaluate(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 
@@ -126,6 +132,7 @@ COMMANDS = {
     "vineppo": Command(_vineppo, "VinePPO: PPO whose values are Monte-Carlo rollouts from every reasoning step, without a critic", _RESUMES),
     "restem": Command(_restem, "RestEM, rejection sampling: fine-tuning on the policy's own right responses", _RESUMES),
     "dpo": Command(_dpo, "DPO, DPO-Positive, IPO on preference pairs: from a file, rewarded samples, or sampled first", _RESUMES),
+    "oreo": Command(_oreo, "OREO: a policy and a critic learn from rewarded responses, by tokens, steps or whole responses", _RESUMES),
     "collect": Command(_collect, "rewarded samples of a model to training questions, as offline data: all, balanced, or right ones alone", _BLOCKS),
     "inspect-data": Command(_inspect_data, "what offline training would see: counts, lengths, and examples with the policy's tokens marked"),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),

@@ -162,7 +162,9 @@ def check_python(text: str) -> None:
 
 
 def config_classes() -> list[type]:
+    from openrl_reason.algorithms.collection import CollectConfig
     from openrl_reason.algorithms.dpo import DPOConfig
+    from openrl_reason.algorithms.oreo import OREOConfig
     from openrl_reason.algorithms.ppo import PPOConfig
     from openrl_reason.algorithms.reinforce import ReinforceConfig
     from openrl_reason.algorithms.restem import RestEMConfig
@@ -175,7 +177,7 @@ def config_classes() -> list[type]:
     from openrl_reason.models.make import MakeModelConfig
     from openrl_reason.observe.report import ReportConfig
 
-    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig]
+    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, OREOConfig, CollectConfig]
     return [*training, EvaluateConfig, AnalyzeValuesConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
