@@ -158,10 +158,10 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
         evaluator, recording = _start(config, path, sets, tokenizer, identity, stack)
         results = [evaluator.run(one, (config.seed, "evaluate")) for one in sets]
         metrics = _metrics(results)
-        result = _result(config, identity, results, metrics)
+        result = result_record(config, identity, results, metrics)
         print_results(result["sets"], metrics, config.intervals.confidence)
         if recording is not None:
-            _write(Path(config.output), result, results)
+            write_result(Path(config.output), result, results)
             recording.finish()
     if other is not None:
         comparisons = compare_results(result, other, config=config.intervals)
@@ -206,8 +206,8 @@ def _metrics(results: Sequence[SetResult]) -> dict[str, float]:
     }
 
 
-def _result(config: EvaluateConfig, identity: Mapping[str, Any], results: Sequence[SetResult], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The result file: the flat metrics, and what they are about."""
+def result_record(config: Any, identity: Mapping[str, Any], results: Sequence[SetResult], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The result file: the flat metrics, and what they are about. ``config``: of this command or of another that evaluates."""
     flat = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return flat | {
         "format": RESULT_FORMAT, "model": dict(identity), "versions": software_versions(), "seed": config.seed, "config": to_dict(config),
@@ -215,7 +215,7 @@ def _result(config: EvaluateConfig, identity: Mapping[str, Any], results: Sequen
     }  # fmt: skip
 
 
-def _write(path: Path, result: Mapping[str, Any], results: Sequence[SetResult]) -> None:
+def write_result(path: Path, result: Mapping[str, Any], results: Sequence[SetResult]) -> None:
     """The samples first: a result file is there only when everything is."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for one in results for record in one.records())
     samples = beside(str(path), "samples")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ class ResponseValue:
 
 
 def sample_responses(problem: Problem, numbers: range, reader: StepReader, worth: ResponseValue | None) -> Search:
-    """Returns an ``Outcome`` of one candidate for each sample number, valued by ``worth`` (None: not at all).
+    """Returns a list of one ended ``Candidate`` for each sample number, valued by ``worth`` if it has finished (None: not at all).
 
     ``reader`` has one step for a whole response. A sample depends on the problem and its number, not on how many there are.
     """
@@ -71,11 +71,20 @@ def sample_responses(problem: Problem, numbers: range, reader: StepReader, worth
         return replace(one, states=worth.states(problem, one.response, one.finish) if wanted else ())
 
     expanded = yield Expand([problem.prefix((), f"sample/{number}") for number in numbers], 1, read)
+    return [_valued(one, expanded.values, worth) for (one,) in expanded.found]
+
+
+def _valued(candidate: Candidate, known: Mapping[tuple[int, ...], float], worth: ResponseValue | None) -> Candidate:
+    if worth is None or not candidate.states:
+        return candidate
+    values = tuple(known[state] for state in candidate.states)
+    return replace(candidate, value=worth.combine(values), step_values=values, states=())
+
+
+def outcome_of(samples: Sequence[Candidate]) -> Outcome:
+    """Independent samples as what a search found."""
     outcome = Outcome()
-    for (one,) in expanded.found:
+    for one in samples:
         outcome.count(one, len(one.response))
-        if one.states:
-            values = tuple(expanded.values[state] for state in one.states)
-            one = replace(one, value=worth.combine(values), step_values=values, states=())
         outcome.end(one)
     return outcome

@@ -7,7 +7,7 @@ import pytest
 from openrl_reason.errors import ConfigError
 from openrl_reason.search.candidates import Candidate, Finish
 from openrl_reason.search.choose import choose
-from openrl_reason.search.sampling import AGGREGATES, ResponseValue, sample_responses
+from openrl_reason.search.sampling import AGGREGATES, ResponseValue, outcome_of, sample_responses
 from tests.search.scripted import END, TOKENIZER, answers, by_number, problem, reader, run, text_of
 from tests.search.test_beam import hashed, random_script
 
@@ -20,7 +20,8 @@ def in_turn(*options):
 
 def sample(script, numbers, aggregate="last", value=hashed, *, kind="newline", value_eos=False, budget=100, name="Q:", **pool):
     worth = ResponseValue(TOKENIZER, kind, aggregate, value_eos) if aggregate else None
-    return run([sample_responses(problem(name, budget=budget), numbers, reader("response"), worth)], script, value, stop=(), **pool)
+    found, *more = run([sample_responses(problem(name, budget=budget), numbers, reader("response"), worth)], script, value, stop=(), **pool)
+    return [outcome_of(samples) for samples in found], *more
 
 
 @pytest.mark.parametrize(
