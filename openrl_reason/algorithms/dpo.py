@@ -38,6 +38,8 @@ from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.seeds import content_id, derive_seed
 from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.data.offline import build_store
+from openrl_reason.data.pair_store import pair_store
 from openrl_reason.data.pairs import Pair, PairBuilder, PairData, pair_samples, read_pairs
 from openrl_reason.errors import DataError
 from openrl_reason.rewards.build import check_sources
@@ -122,8 +124,9 @@ class DPOTrainer(Trainer):
     ) -> None:
         super().__init__(config, callbacks)
         self._given, self._task, self._reward_function = pairs, task, reward_function
-        source = pairs is not None or config.pairs.path or config.pairs.trajectories or config.sample
-        require(bool(source), "pairs.path", "", "there are no pairs: name a file, rewarded samples (--pairs.trajectories), or use --sample true")
+        source = pairs is not None or config.pairs.path or config.pairs.trajectories or config.data.path or config.sample
+        remedy = "there are no pairs: name a file, rewarded samples (--pairs.trajectories, --data.path), or use --sample true"
+        require(bool(source), "pairs.path", "", remedy)
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next ``batch_size`` pairs."""
@@ -183,6 +186,10 @@ class DPOTrainer(Trainer):
             self._use(PairData(kept, Counter(given=len(self._given), pairs=len(kept), too_long=len(self._given) - len(kept))))
         elif config.pairs.path:
             self._use(read_pairs(config.pairs, self.tokenizer, max_length=config.max_length))
+        elif config.data.path:
+            data = replace(config.data, max_length=config.max_length)
+            store = build_store(data, self.model_path, self.folder / "data", trust_remote_code=config.policy.trust_remote_code)
+            self._use(pair_store(store, self._builder()))
         else:
             self._use(pair_samples(config.pairs.trajectories, self._builder()))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.config import require
+from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.pairs import PairsConfig
 from openrl_reason.rewards.config import RewardConfig
 from openrl_reason.tasks.base import TaskConfig
@@ -63,7 +64,10 @@ class DPOConfig:
     loss: DPOLossConfig = field(default_factory=DPOLossConfig)
     """The loss on pairs."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
-    """Where pairs come from, unless they are sampled."""
+    """Where pairs come from, unless they are sampled, and how rewarded samples are paired."""
+    data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
+    """Instead of pairs.path and pairs.trajectories: the data that oreo and kto learn from, in any of their formats. Rewarded responses and labels are
+    paired as pairs.trajectories are. (Sequences are limited by max_length.)"""
     sample: bool = False
     """Sample responses to the task's training questions from the policy first, and pair them. The settings below, but for policy and
     placement, are for this alone."""
@@ -94,7 +98,11 @@ class DPOConfig:
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must be at least 0 and below 1")
         given = self.pairs.path or self.pairs.trajectories
-        require(not (self.sample and given), "sample", True, "with --pairs.path or --pairs.trajectories there are two sources of pairs: use one")
+        require(
+            not (self.data.path and given), "data.path", self.data.path, "with --pairs.path or --pairs.trajectories there are two sources: use one"
+        )
+        named = "--pairs.path, --pairs.trajectories or --data.path"
+        require(not (self.sample and (given or self.data.path)), "sample", True, f"with {named} there are two sources of pairs: use one")
         if self.sample:
             require(self.samples_per_prompt >= 2, "samples_per_prompt", self.samples_per_prompt, "a pair needs 2 or more")
             require(self.sampling.temperature > 0, "sampling.temperature", 0, "greedy responses to a question are all alike: use > 0")

@@ -152,7 +152,6 @@ class KTOTrainer(Trainer):
         super().__init__(config, callbacks)
         require(store is not None or bool(config.data.path), "data.path", "", "there are no responses: name a file of them")
         self._given = store
-        self._num_cut = 0  # mixtures
 
     def step(self) -> dict[str, float]:
         """One optimiser step on the next ``batch_size`` responses."""
@@ -211,9 +210,7 @@ class KTOTrainer(Trainer):
         first = 0
         for part in parts:
             others = self.store.trajectories(self.partners[rows[first : first + len(part)]])
-            mixtures = [mismatched(row, other, self.config.data.max_length) for row, other in zip(part, others, strict=True)]
-            self._num_cut += sum(mixture.num_actions < other.num_actions for mixture, other in zip(mixtures, others, strict=True))
-            yield mixtures
+            yield [mismatched(row, other, self.config.data.max_length) for row, other in zip(part, others, strict=True)]
             first += len(part)
 
     # ---- data and reference --------------------------------------------------------------------------------------------------------------
@@ -233,8 +230,7 @@ class KTOTrainer(Trainer):
         self._count(int((~known).sum()))
         self.partners = np.full(len(self.store), -1)
         if config.loss.z0 == "mismatched":
-            for part in (self.rows, self.held_out):
-                self.partners[part] = other_questions(part, self.rows, self.store.questions, self.run.seed)
+            self._draw_partners()
         self.loader = OfflineLoader(self.store, config.batch_size, seed=self.run.seed, rows=self.rows, epochs=config.epochs)
         self.run = replace(self.run, steps=min(self.run.steps, self.loader.num_steps(config.epochs)))
 
@@ -254,6 +250,18 @@ class KTOTrainer(Trainer):
             raise DataError(f"all {good + bad} training responses are {which}{span}: KTO learns from both labels")
         print(describe_balance(good, bad, config.loss))
 
+    def _draw_partners(self) -> None:
+        """Which training response stands in for each row's own in the estimate of z0, and how many of these are cut."""
+        store, limit = self.store, self.config.data.max_length
+        for part in (self.rows, self.held_out):
+            self.partners[part] = other_questions(part, self.rows, store.questions, self.run.seed)
+        rows = np.concatenate([self.rows, self.held_out])
+        others = self.partners[rows]
+        num_cut = int((store.prompt_lengths[rows] + store.lengths[others] - store.prompt_lengths[others] > limit).sum())
+        self._counts["mixtures_cut"] = num_cut
+        if num_cut:
+            print(f"{num_cut} of {len(rows)} responses are cut to --data.max_length {limit} behind another question's prompt (for z0 alone)")
+
     def read_or_score_reference(self) -> dict[str, torch.Tensor]:
         """float32 [rows of the store], NaN for unused rows: "logprobs" of the responses under the policy's start and, with z0 mismatched,
         "mismatched" of the mixtures. Computed before the first step, and kept on disk."""
@@ -262,17 +270,12 @@ class KTOTrainer(Trainer):
         def compute() -> dict[str, torch.Tensor]:
             found = {"logprobs": self._score(self._read(rows), adapters=own)}
             if self.config.loss.z0 == "mismatched":
-                self._num_cut = 0
                 found["mismatched"] = self._score(self._mismatched_parts(rows, self._read(rows)), adapters=own)
-                found["num_cut"] = torch.tensor([self._num_cut])
             return found
 
         about = (str(self.config.loss.temperature), str(self.config.data.max_length), rows.tobytes().hex(), self.partners.tobytes().hex())
         identity = content_id(self.model_path, self.store.identity, *about)
         kept = kept_scores(self.folder / "reference.safetensors", identity, compute, reuse=self.run.resume)
-        if "num_cut" in kept and (cut := int(kept.pop("num_cut"))):
-            self._counts["mixtures_cut"] = cut
-            print(f"{cut} of {len(rows)} mixtures for the estimate of z0 are cut to --data.max_length {self.config.data.max_length} tokens")
         scattered = {name: torch.full((len(self.store),), float("nan")) for name in kept}
         for name, scores in kept.items():
             scattered[name][rows] = scores

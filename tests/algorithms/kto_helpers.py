@@ -11,6 +11,7 @@ class Responses:
     """A store of kind "responses": ``per_question`` responses of 2 to ``longest`` tokens to each question, rewards 0 and 1 in turns."""
 
     kind = "responses"
+    folder = "memory"
 
     def __init__(self, num_questions=6, per_question=3, *, longest=30, seed=0):
         rng = np.random.default_rng(seed)
@@ -25,6 +26,7 @@ class Responses:
                 )
         self.identity = content_id(*(row.trajectory_id for row in self._rows))
         self.lengths = np.array([row.num_tokens for row in self._rows])
+        self.prompt_lengths = np.array([row.num_prompt_tokens for row in self._rows])
         self.rewards = np.array([row.reward for row in self._rows], np.float32)
         self.has_reward = np.ones(len(self._rows), bool)
         self.labels = self.rewards > 0

@@ -1,6 +1,7 @@
 """DPO on pairs: the gradient is the batch's, however it is cut; lambda 0 is DPO; nothing is lost between pairs and steps."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from openrl_reason.algorithms.samples import SampleBlocks
 from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.core.losses import dpo_loss
 from openrl_reason.core.trajectory import Trajectory
+from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.pairs import Pair, PairsConfig, build_pairs
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.policy import ModelOutput
@@ -174,6 +176,19 @@ def test_a_threshold_that_nothing_reaches_is_an_error_that_says_so(path, tmp_pat
         DPOTrainer(config).prepare()
 
 
+def test_the_file_that_oreo_and_kto_learn_from_gives_pairs(path, tmp_path, capsys):
+    rows = [{"prompt": f"{a}+1=?", "response": str(a + 1 + wrong), "reward": 1 - wrong} for a in range(8) for wrong in (0, 1)]
+    rows.append({"prompt": "9+9=?", "response": "1" * 90, "reward": 0})
+    (tmp_path / "collected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = DPOTrainer(DPOConfig(
+        run=RunConfig(output_dir=str(tmp_path / "run"), steps=100), policy=TrainedModelConfig(path=path), max_length=64, eval_fraction=0.25,
+        data=OfflineDataConfig(path=(str(tmp_path / "collected.jsonl"),)),
+    ))  # fmt: skip
+    trainer.prepare()
+    assert len(trainer.train_pairs) == 6 and len(trainer.held_out) == 2, "longer rows than --max_length are left out"
+    assert "16 samples, 8 questions, 8 accepted, 8 rejected, 8 questions paired" in capsys.readouterr().out
+
+
 def test_reference_logprobs_are_computed_once_and_only_for_the_same_pairs_and_loss(path, tmp_path):
     calls = []
 
@@ -211,6 +226,8 @@ def test_reference_logprobs_are_computed_once_and_only_for_the_same_pairs_and_lo
         ({"epochs": 0}, "--epochs is 0"),
         ({"eval_fraction": 1.0}, "--eval_fraction is 1.0"),
         ({"sample": True, "pairs": PairsConfig(path="x.jsonl")}, "two sources"),
+        ({"sample": True, "data": OfflineDataConfig(path=("x.jsonl",))}, "two sources"),
+        ({"pairs": PairsConfig(path="x.jsonl"), "data": OfflineDataConfig(path=("x.jsonl",))}, "--data.path.*two sources"),
         ({"sample": True, "samples_per_prompt": 1}, "--samples_per_prompt is 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """KTO on labelled responses: one reference point for the whole batch, so the gradient is the batch's, however it is cut."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,10 +21,12 @@ from openrl_reason.algorithms.kto import (
     other_questions,
 )
 from openrl_reason.algorithms.reference_scores import response_logprobs
-from openrl_reason.core.batch import TokenBatch
+from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.core.batch import TokenBatch, unsplit_tokens
 from openrl_reason.core.losses import kto_loss
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.data.offline_config import OfflineDataConfig
+from openrl_reason.errors import CheckpointError, ConfigError, DataError
 from openrl_reason.models.policy import ModelOutput
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.model_group import ModelGroup
@@ -216,3 +219,131 @@ def test_the_balance_of_the_labels_is_told_and_the_weight_that_mends_it(counts, 
 def test_settings_that_cannot_work_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+# ---- the driver, its group of ranks being one worker in this process -----------------------------------------------------------------------
+
+
+class Group:
+    """A model group of one rank, without an actor."""
+
+    def __init__(self, worker, max_tokens=200):
+        self.worker, self.max_tokens, self.scored = worker, max_tokens, []
+
+    def logprobs(self, batch, **kwargs):
+        self.scored.append(batch.num_sequences)
+        plan = planned(batch, 1, self.max_tokens)
+        pieces = [piece["logprobs"] for piece in self.worker.logprobs(batch.split(plan), **kwargs)]
+        return {"logprobs": unsplit_tokens(pieces, plan, batch)}
+
+    def update(self, batch, loss, denominators, **kwargs):
+        return self.worker.update(batch.split(planned(batch, 1, self.max_tokens)), loss, denominators, **kwargs)
+
+
+def trainer_on(path, folder, store, *, resume=False, max_tokens=200, **settings):
+    settings = dict(batch_size=5, epochs=2, data=OfflineDataConfig(max_length=64)) | settings
+    run = RunConfig(output_dir=str(folder), steps=1000, resume=resume)
+    trainer = KTOTrainer(KTOConfig(run=run, policy=TrainedModelConfig(path=path), **settings), store=store)
+    trainer.prepare()
+    trainer.policy = Group(worker_at(path), max_tokens)
+    trainer.folder.mkdir(exist_ok=True)
+    trainer.reference = trainer.read_or_score_reference()
+    return trainer
+
+
+def some_steps(trainer, count):
+    history = []
+    for _ in range(count):
+        history.append({name: value for name, value in trainer.step().items() if not name.startswith(("timing/", "perf/"))})
+        trainer.done += 1
+    return history
+
+
+@pytest.mark.parametrize("z0", ["mismatched", "batch", "zero"])
+def test_a_run_begins_at_its_reference_and_parts_the_labels(path, tmp_path, z0):
+    trainer = trainer_on(path, tmp_path, Responses(10), eval_fraction=0.2, loss=KTOLossConfig(beta=0.3, z0=z0))
+    assert trainer.run.steps == 10 and len(trainer.rows) == 24 and len(trainer.held_out) == 6  # 48 positions by 5
+    before = trainer.evaluate()
+    assert before["eval/loss"] == pytest.approx(0.5, abs=1e-4) and before["eval/reward_margin"] == pytest.approx(0.0, abs=1e-4)
+    history = some_steps(trainer, 10)
+    assert history[0]["train/loss"] == pytest.approx(0.5, abs=1e-4) and history[-1]["kto/reward_margin"] > 1.0
+    assert history[-1]["train/loss"] < 0.45 and trainer.evaluate().keys() == before.keys()
+    assert ("kto/kl" in history[0]) is (z0 != "zero")
+    if z0 != "zero":
+        assert history[0]["kto/kl"] == pytest.approx(0.0, abs=1e-4) and abs(history[-1]["kto/kl"]) > 1e-3
+    assert [len(trainer.loader.rows(step)) for step in (8, 9, 10)] == [5, 3, 0]
+    trainer.loader.close()
+
+
+def test_steps_of_the_driver_do_not_depend_on_how_batches_are_packed(path, tmp_path):
+    runs = []
+    for max_tokens in (10_000, 1):
+        trainer = trainer_on(path, tmp_path / str(max_tokens), Responses(8), max_tokens=max_tokens, loss=KTOLossConfig(beta=0.3))
+        runs.append(some_steps(trainer, 4))
+    for one, other in zip(*runs, strict=True):
+        for name in ("train/loss", "train/grad_norm", "kto/kl", "kto/reward_margin"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_resumed_run_reads_its_reference_and_goes_on_bit_by_bit(path, tmp_path):
+    straight = trainer_on(path, tmp_path, Responses(8), eval_fraction=0.2)
+    some_steps(straight, 3)
+    straight.policy.worker.save_state(tmp_path / "state")
+    state, expected = straight.state(), some_steps(straight, 3)
+    resumed = trainer_on(path, tmp_path, Responses(8), eval_fraction=0.2, resume=True)
+    assert resumed.policy.scored == [], "the reference was read"
+    resumed.load_state(state)
+    resumed.policy.worker.load_state(tmp_path / "state")
+    resumed.done = 3
+    assert some_steps(resumed, 3) == expected and resumed.evaluate() == straight.evaluate()
+    for change in (dict(label_threshold=0.9), dict(batch_size=4), dict(loss=KTOLossConfig(z0="batch")), dict(eval_fraction=0.4)):
+        other = trainer_on(path, tmp_path, Responses(8), resume=True, **{"eval_fraction": 0.2} | change)
+        with pytest.raises(CheckpointError, match="cannot resume"):
+            other.load_state(state)
+
+
+def test_mixtures_are_of_training_responses_to_other_questions_and_those_that_are_cut_are_counted(path, tmp_path, capsys):
+    store = Responses(10, seed=28)  # some long response meets a longer prompt than its own
+    trainer = trainer_on(path, tmp_path, store, eval_fraction=0.3, data=OfflineDataConfig(max_length=int(store.lengths.max())))
+    used = np.concatenate([trainer.rows, trainer.held_out])
+    assert set(trainer.partners[used]) <= set(trainer.rows) and (store.questions[trainer.partners[used]] != store.questions[used]).all()
+    expected = sum(
+        store.trajectory(row).num_prompt_tokens + store.trajectory(trainer.partners[row]).num_actions > store.lengths.max() for row in used
+    )
+    assert trainer._counts["mixtures_cut"] == expected > 0 and f"{expected} of 30 responses are cut" in capsys.readouterr().out
+
+
+def test_rows_without_a_reward_are_left_out_and_counted_and_one_label_alone_is_an_error(path, tmp_path, capsys):
+    store = Responses(6)
+    store.has_reward[[0, 4]] = False
+    trainer = trainer_on(path, tmp_path, store, eval_fraction=0.0)
+    assert set(range(18)) - set(trainer.rows) == {0, 4} and trainer._counts["without_reward"] == 2
+    assert "2 of 18 responses have no reward" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"all 18 training responses are undesirable \(rewards from 0 to 1, --label_threshold 1.5\)"):
+        trainer_on(path, tmp_path, Responses(6), eval_fraction=0.0, label_threshold=1.5)
+    with pytest.raises(ConfigError, match="--data.max_length is 8: the longest response given has"):
+        trainer_on(path, tmp_path, Responses(6), data=OfflineDataConfig(max_length=8))
+
+
+ROWS = [
+    {"prompt": f"{a}+{b}=?", "response": str(a + b + wrong), "reward": 1.0 - wrong} for a in range(3) for b in range(3) for wrong in (0, 1)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["responses", "labels", "pairs"])
+def test_responses_labels_and_pairs_say_the_same(path, tmp_path, kind):
+    rows = ROWS
+    if kind == "labels":
+        rows = [{"prompt": row["prompt"], "completion": row["response"], "label": row["reward"] > 0.5} for row in ROWS]
+    if kind == "pairs":
+        pairs = zip(ROWS[::2], ROWS[1::2], strict=True)
+        rows = [{"prompt": right["prompt"], "chosen": right["response"], "rejected": wrong["response"]} for right, wrong in pairs]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = OfflineDataConfig(path=(str(file),), max_length=64, parallel="never")
+    trainer = trainer_on(path, tmp_path / "run", None, data=data, eval_fraction=0.0, batch_size=4)
+    assert trainer.store.kind == kind and trainer.desirable.tolist() == [True, False] * 9
+    assert trainer.store.trajectory(1).response_ids.tolist() != trainer.store.trajectory(0).response_ids.tolist()
+    assert len(trainer.loader.rows(0)) == (8 if kind == "pairs" else 4)
+    trainer.step()
+    trainer.loader.close()
