@@ -224,6 +224,7 @@ def test_a_private_cluster_listens_on_loopback_only_and_shows_no_secret(tmp_path
         assert found["node"] == "127.0.0.1" and found["completions"] == 1
         assert {"ray::_ModelActor", "ray::EngineActor"} <= {name.partition(".")[0] for name in found["processes"]}, found["processes"]
         assert found["beyond_loopback"] == []
+        assert not re.search(r"dashboard/dashboard\.py|log_monitor\.py|monitor\.py", found["command_lines"]), "half of Ray's start, for nothing"
         assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in found["variables"], "a cluster that is joined later would be taken for a private one"
         sessions = ray_folder / f"ray-{os.getuid()}"
         assert stat.S_IMODE(sessions.stat().st_mode) == 0o700 and [path.name for path in ray_folder.iterdir()] == [sessions.name]

@@ -7,12 +7,13 @@ have to: there Ray's token authentication and the network's own walls are what p
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,45 @@ _LOOPBACK_VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "
 
 
 @contextlib.contextmanager
-def loopback_cluster() -> Iterator[None]:
-    """A Ray cluster started inside listens on the loopback interface only.
+def private_cluster(variables: Mapping[str, str]) -> Iterator[None]:
+    """A Ray cluster that is started inside listens on the loopback interface only, and starts only what a run uses.
 
-    Ray does so where its node's address is the loopback one, and that it is where clusters of several nodes are switched off: by this
-    variable, on Linux too. Its processes inherit the variable; Ray may have read it at import already, hence the constant.
+    * Ray keeps to the loopback interface where its node's address is the loopback one, and that it is where clusters of several nodes are
+      switched off: by an environment variable, on Linux too. Ray may have read it at import already, hence the constant.
+    * No autoscaler, log monitor, dashboard or metrics agent: a private cluster has one node, actors' logs are files, and nobody looks. They
+      are half of Ray's start, and ``ray.init`` has no switches for them: these are the places where it decides (Ray 2.60, which is pinned).
+    * ``variables`` are in the environment of all its processes. They are inherited, which costs nothing; a runtime environment would make
+      Ray throw away the workers that it starts in advance.
     """
-    from ray._private import ray_constants
+    from ray._private import node, parameter, ray_constants, utils
 
-    before = os.environ.get(_SINGLE_NODE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[_SINGLE_NODE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
+    def no_dashboard(self: Any, **_: object) -> None:
+        self._webui_url = None
+        # The node's agent looks for a dashboard to send events to, once a second, and logs each time that there is none.
+        name, nowhere = ray_constants.DASHBOARD_ADDRESS.encode(), b"127.0.0.1:0"
+        self.get_gcs_client().internal_kv_put(name, nowhere, True, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+
+    fewer = functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (ray_constants, "ENABLE_RAY_CLUSTER", False),
+            (parameter, "RayParams", fewer),
+            (node.Node, "start_api_server", no_dashboard),
+            (utils, "get_dashboard_dependency_error", lambda: ImportError("private clusters have no dashboard")),  # agents without extras
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        for name, value in {**variables, _SINGLE_NODE: "0"}.items():
+            stack.callback(_set_variable, name, os.environ.get(name))
+            os.environ[name] = value
         yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[_SINGLE_NODE]
-        else:
-            os.environ[_SINGLE_NODE] = before[0]
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def write_token_file() -> None:

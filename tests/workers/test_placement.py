@@ -1,8 +1,11 @@
 """Where actors sit."""
 
+import os
+
 import pytest
 
 from openrl_reason.errors import ConfigError
+from openrl_reason.workers.network import private_cluster
 from openrl_reason.workers.placement import Placement, PlacementConfig, Role, detect_gpu, plan_bundles
 
 ROLES = [Role("policy", 2), Role("engine", 1), Role("reference", 0)]
@@ -38,3 +41,20 @@ def test_an_unknown_device_is_refused():
 def test_a_cluster_that_is_not_there_is_one_clear_error():
     with pytest.raises(ConfigError, match="--placement.address is '127.0.0.1:1'"):
         Placement(PlacementConfig(address="127.0.0.1:1", device="cpu"), ROLES).__enter__()
+
+
+def test_a_private_cluster_leaves_ray_and_the_environment_as_they_were(monkeypatch):
+    from ray._private import node, parameter, ray_constants, utils
+
+    def state():
+        places = ((ray_constants, "ENABLE_RAY_CLUSTER"), (parameter, "RayParams"), (node.Node, "start_api_server"))
+        return [*(getattr(owner, name) for owner, name in places), utils.get_dashboard_dependency_error, dict(os.environ)]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    before = state()
+    with pytest.raises(KeyboardInterrupt), private_cluster({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}):
+        assert os.environ["OMP_NUM_THREADS"] == "1" and os.environ["DS_ACCELERATOR"] == "cpu"
+        assert parameter.RayParams().no_monitor and not parameter.RayParams().include_log_monitor
+        raise KeyboardInterrupt
+    assert state() == before
