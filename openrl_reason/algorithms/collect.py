@@ -17,6 +17,7 @@ from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.token_text import token_pieces, token_steps
 from openrl_reason.errors import WorkerError
 from openrl_reason.rewards.base import Rewarder, RewardResult, RewardSample
+from openrl_reason.rewards.shaping import RewardShaping
 from openrl_reason.tasks.base import Task, TaskItem
 from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.rollout_config import Completion, Request, SamplingConfig
@@ -45,6 +46,10 @@ class SideRollouts(Protocol):
         """All trajectories are generated: return when everything that was asked for is there."""
         ...
 
+    def shape(self, shaping: RewardShaping) -> None:
+        """The trajectories' rewards have been mapped by ``shaping``, and so must be those of what was sampled here."""
+        ...
+
 
 @dataclass
 class Rollouts:
@@ -58,11 +63,27 @@ class Rollouts:
     metrics: dict[str, float] = field(default_factory=dict)
     beside: Any = None
     """What was sampled beside them."""
+    shaped: list[RewardResult] | None = None
+    """What the results are worth to the update, where that is something else (``shape``)."""
 
     @property
     def rewards(self) -> np.ndarray:
-        """Total reward of each trajectory [B]; NaN where it has none."""
-        return np.array([result.score for result in self.results], dtype=np.float64)
+        """Total reward of each trajectory [B], as the update sees it; NaN where it has none."""
+        return np.array([result.score for result in self.shaped or self.results], dtype=np.float64)
+
+    def shape(self, shaping: RewardShaping) -> None:
+        """Maps the rewards, those on the trajectories too, as ``shaping`` says once it has seen them; ``results`` stay what was given."""
+        if not shaping.changes:
+            return
+        scores = self.rewards
+        shaping.observe(scores)
+        self.shaped = [shaping(result) for result in self.results]
+        for trajectory, result in zip(self.trajectories, self.shaped, strict=True):
+            if np.isfinite(result.score):
+                trajectory.rewards = np.asarray(shaping.paid(trajectory.rewards, result.score), np.float32)
+        self.metrics |= shaping.metrics(scores)
+        if self.beside is not None:
+            self.beside.shape(shaping)
 
     @property
     def statuses(self) -> list[str]:
@@ -72,7 +93,9 @@ class Rollouts:
     def take(self, places: Sequence[int]) -> Rollouts:
         """Those at ``places`` alone; metrics, which are of all, are left out."""
         columns = (self.trajectories, self.items, self.results)
-        return Rollouts(*([column[place] for place in places] for column in columns))
+        taken = Rollouts(*([column[place] for place in places] for column in columns))
+        taken.shaped = self.shaped and [self.shaped[place] for place in places]
+        return taken
 
 
 class Collector:
@@ -299,6 +322,8 @@ def readable(rollouts: Rollouts, step: int, limit: int, *, source: str = "train"
             "reward": _rounded(result.score), "reward_terms": {name: _rounded(score) for name, score in result.terms.items()},
             "stop_reason": str(t.stop_reason), "num_tokens": t.num_actions, "policy_version": t.policy_version,
         }  # fmt: skip
+        if rollouts.shaped is not None:
+            record["shaped_reward"] = _rounded(rollouts.shaped[index].score)
         if tokenizer is not None:
             record |= _per_token(t, result, tokenizer, batch, rows.get(index))
         records.append(record)

@@ -44,6 +44,7 @@ from openrl_reason.rewards.base import Rewarder
 from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.rewards.judge import judge_reward, judge_role, prepare_judge, start_judge
+from openrl_reason.rewards.shaping import RewardShaping
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ModelConfig
@@ -86,6 +87,7 @@ class OnlineTrainer(Trainer):
         self._reduction = config.algo.loss_reduction
         kl = config.algo.kl
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target else FixedKL(kl.coef)
+        self.shaping = RewardShaping(config.reward)
         self._updates_per_step = config.algo.epochs * config.algo.minibatches
         self._take_turns = False  # known when the actors are placed
 
@@ -115,11 +117,13 @@ class OnlineTrainer(Trainer):
         """This step's graded responses; the reference scores each chunk of prompts while the next ones generate."""
         config = self.config
         items = self.sampler.items(self.done, config.prompts_per_step)
-        return self.collector.collect(
+        rollouts = self.collector.collect(
             items, num_samples=config.samples_per_prompt, sampling=self.sampling, seed=(self.run.seed, "train", self.done),
             on_chunk=self._score_by_reference if self.reference else None, prompts_per_chunk=config.reference.prompts_per_chunk,
             beside=self.beside(),
         )  # fmt: skip
+        rollouts.shape(self.shaping)
+        return rollouts
 
     def beside(self) -> Any:
         """What else is sampled during the collection (``collect.SideRollouts``); None: nothing."""
@@ -259,7 +263,7 @@ class OnlineTrainer(Trainer):
         return [
             ("algorithm", f"{self.describe()}, {self._reduction} reduction, KL {algo.kl.where}, gamma {algo.gamma:g}"),
             ("rollouts of a step", f"{prompts} prompts x {samples} samples = {responses} responses of <= {budget} tokens"),
-            ("reward", "a Python function" if self._reward_function else describe_rewards(config.reward)),
+            ("reward", ("a Python function" if self._reward_function else describe_rewards(config.reward)) + self.shaping.describe()),
             ("optimiser steps", f"{cut} = {updates} of each step; {self.policy_updates} in all"),
             ("policy", describe_model(config.policy)),
             ("engines", f"{engines.num_engines} x {engines.dtype}, tensor parallel {engines.tensor_parallel}, context {engines.max_model_len}"),
@@ -386,9 +390,11 @@ class OnlineTrainer(Trainer):
                 "training items": self.sampler.identity}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"kl": self.kl.state_dict()}
+        return super().state() | {"kl": self.kl.state_dict(), "reward_shaping": self.shaping.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         if self.config.algo.kl.target:  # a fixed coefficient is what the flag says now
             self.kl.load_state_dict(state["kl"])
+        if "reward_shaping" in state:
+            self.shaping.load_state_dict(state["reward_shaping"])

@@ -10,7 +10,7 @@ from openrl_reason.algorithms.trainer import RunConfig
 from openrl_reason.config import require, require_divisible
 from openrl_reason.core.kl import KL_KINDS
 from openrl_reason.evaluation.config import EvalConfig
-from openrl_reason.rewards.config import RewardConfig
+from openrl_reason.rewards.shaping import ShapedRewardConfig, with_shaping
 from openrl_reason.tasks.base import TaskConfig
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.placement import PlacementConfig
@@ -97,7 +97,7 @@ class OnlineConfig:
     """Seconds one answer may take to grade; then its process is killed and the sample counted as timed out."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """What is being solved."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: ShapedRewardConfig = field(default_factory=ShapedRewardConfig)
     """What a response earns; by default what the task's grader says."""
     policy: TrainedModelConfig = field(default_factory=TrainedModelConfig)
     """The model that learns."""
@@ -117,6 +117,7 @@ class OnlineConfig:
     """Cluster and placement."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reward", with_shaping(self.reward))  # in Python, a plain RewardConfig will do
         check_online(self)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +44,8 @@ class VineConfig:
     root_from_siblings: bool = False
     """Value the prompt by the other responses to it (leave-one-out), without rollouts of its own; needs 2 samples_per_prompt or more."""
     interval_width: float | None = None
-    """Adaptive K: sample on until the 95 % Wilson interval of a state's value is at most this wide (rewards must lie in 0 .. 1). null: K is fixed."""
+    """Adaptive K: sample on until the 95 % Wilson interval of a state's value is at most this wide (rewards must lie in 0 .. 1,
+    before --reward.scale and the like). null: K is fixed."""
     max_rollouts: int = 64
     """Most continuations of a state, with interval_width."""
 
@@ -117,6 +118,7 @@ class StepValues:
     ) -> None:
         self.vine, self.call, self.rewarder, self.tokenizer = vine, call, rewarder, tokenizer
         self.step_kind, self.gamma, self.max_new_tokens = step_kind, gamma, max_new_tokens
+        self._shape: Callable[[RewardResult], RewardResult] = lambda result: result
         self._states: dict[str, _State] = {}
         self._places: dict[int, list[_Place]] = {}
         self._settled: deque[str] = deque()  # appended to by the threads in which rewards finish
@@ -222,6 +224,10 @@ class StepValues:
             if not sum(map(self._consider, self._states)):  # not by the callbacks alone: they may come a moment after the result
                 return
 
+    def shape(self, shaping: Callable[[RewardResult], RewardResult]) -> None:
+        """From now on returns are of rewards that are mapped as those of the trajectories are."""
+        self._shape = shaping
+
     # ---- afterwards ----------------------------------------------------------------------------------------------------------
 
     def step_values(self, index: int, rewards: Sequence[float], siblings: Sequence[float]) -> list[float]:
@@ -246,7 +252,7 @@ class StepValues:
         state = self._states[key]
         ends = [state.rollouts[sample].step_ends for sample in sorted(state.rollouts)]
         return [
-            rollout_return(result, ends_S, offset, earned, self.gamma)
+            rollout_return(self._shape(result), ends_S, offset, earned, self.gamma)
             for result, ends_S in zip(state.results(), ends, strict=True)
             if _counts(result)
         ]  # fmt: skip
