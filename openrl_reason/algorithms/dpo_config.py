@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.algorithms.trainer import NO_LIMIT, RunConfig
 from openrl_reason.config import require
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.pairs import PairsConfig
@@ -13,8 +13,6 @@ from openrl_reason.tasks.base import TaskConfig
 from openrl_reason.workers.model_config import TrainedModelConfig
 from openrl_reason.workers.placement import PlacementConfig
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
-
-NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)

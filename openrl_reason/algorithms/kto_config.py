@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from openrl_reason.algorithms.dpo_config import NO_LIMIT
-from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.algorithms.trainer import NO_LIMIT, RunConfig
 from openrl_reason.config import require
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.errors import did_you_mean

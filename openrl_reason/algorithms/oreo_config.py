@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.algorithms.trainer import NO_LIMIT, RunConfig
 from openrl_reason.config import require
 from openrl_reason.core.losses_offline import OREO_AVERAGES, OREO_LEVELS
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.workers.model_config import ScalarModelConfig, TrainedModelConfig
 from openrl_reason.workers.placement import PlacementConfig
 
-NO_LIMIT = 1_000_000
 KL_KINDS = ("exact", "forward", "k3", "none")
 CACHES = ("auto", "all", "logprobs", "none")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from openrl_reason.algorithms.trainer import RunConfig
+from openrl_reason.algorithms.trainer import NO_LIMIT, RunConfig
 from openrl_reason.config import require
 from openrl_reason.evaluation.config import EvalConfig
 from openrl_reason.rewards.config import RewardConfig
@@ -16,7 +16,6 @@ from openrl_reason.workers.placement import PlacementConfig
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
 SELECTIONS = ("paper", "best")
-NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)

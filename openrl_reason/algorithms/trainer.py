@@ -24,6 +24,9 @@ from openrl_reason.workers.placement import Placement, PlacementConfig, Role
 Callback = Callable[[int, Mapping[str, Any]], None]
 """Called after each step with the number of finished steps and the step's metrics."""
 
+NO_LIMIT = 1_000_000
+"""run.steps of algorithms whose epochs decide."""
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -6,12 +6,14 @@ and its end-of-sequence token. Of a conversation every assistant turn is a reply
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openrl_reason.config import require
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.readers import Row, read_rows
@@ -27,10 +29,11 @@ OVERLONG = ("skip", "truncate")
 
 @dataclass(frozen=True)
 class SFTDataConfig:
-    """Supervised rows: {prompt, completion}, {messages}, or other columns by name."""
+    """Supervised rows: {prompt, completion}, {messages}, or other columns by name. Or rewarded responses, of which the right ones are learned."""
 
     path: str = ""
-    """A .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name org/name[:config]."""
+    """A .jsonl, .json, .csv or .parquet file, a folder saved by datasets, or a hub name org/name[:config]. Rewarded responses are {prompt, response,
+    reward}, conversations with a reward, and this library's trajectories (also a folder of such files)."""
     split: str = "train"
     """Of a hub name or saved folder."""
     prompt_key: str = "prompt"
@@ -46,9 +49,22 @@ class SFTDataConfig:
     overlong: str = "skip"
     """What happens to a longer one: skip (left out, counted) or truncate (its end is cut off, counted)."""
     num_rows: int = 0
-    """Use the first so many rows; 0: all."""
+    """Use the first so many rows; 0: all. (Of rewarded responses: of those that are not too long.)"""
+    min_reward: float | None = None
+    """Rewarded responses: learn those of at least this reward (rejection sampling), and count the others. A label is a reward of 1 or 0.
+    null: no filter."""
+    keep_truncated: bool = False
+    """Rewarded responses: learn those, too, that the length limit cut off when they were sampled, which teaches the policy not to end."""
+    dedup: bool = False
+    """Rewarded responses: of equal ones (token by token) to a question learn one."""
+    max_per_question: int = 0
+    """Rewarded responses: learn at most so many of a question, drawn by the run's seed (0: all)."""
 
     def __post_init__(self) -> None:
+        require(self.max_per_question >= 0, "data.max_per_question", self.max_per_question, "0 for all, or a number")
+        require(
+            self.min_reward is None or math.isfinite(self.min_reward), "data.min_reward", self.min_reward, "a finite reward, or null for no filter"
+        )
         if self.overlong not in OVERLONG:
             raise ConfigError(f"overlong={self.overlong!r} is unknown; use skip or truncate{did_you_mean(self.overlong, OVERLONG)}")
         if self.max_length < 2:
