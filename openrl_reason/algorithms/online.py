@@ -89,6 +89,7 @@ class OnlineTrainer(Trainer):
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target else FixedKL(kl.coef)
         self.shaping = RewardShaping(config.reward)
         self._updates_per_step = config.algo.epochs * config.algo.minibatches
+        self._full_kl = kl.where == "loss" and kl.kind == "full"
         self._take_turns = False  # known when the actors are placed
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
@@ -130,7 +131,8 @@ class OnlineTrainer(Trainer):
         return None
 
     def _score_by_reference(self, trajectories: list[Trajectory]) -> Any:
-        return self.reference.logprobs_async(TokenBatch.from_trajectories(trajectories), temperature=self.config.sampling.temperature)
+        batch = TokenBatch.from_trajectories(trajectories)
+        return self.reference.logprobs_async(batch, temperature=self.config.sampling.temperature, with_hidden=self._full_kl)
 
     def credit(self, rollouts: Rollouts) -> tuple[TokenBatch, dict[str, float]]:
         """The collection as a batch with ``advantages`` [N], and metrics."""
@@ -147,7 +149,8 @@ class OnlineTrainer(Trainer):
         rewards = torch.as_tensor(rollouts.rewards, dtype=torch.float32)
         batch = batch.with_sequences(rewards=rewards, group_ids=places // self.config.samples_per_prompt, places=places)
         if rollouts.chunks:
-            batch = batch.with_tokens(ref_logprobs=torch.cat([chunk.result()["logprobs"] for chunk in rollouts.chunks]))
+            scores = [chunk.result() for chunk in rollouts.chunks]
+            batch = batch.with_tokens(**{f"ref_{name}": torch.cat([score[name] for score in scores]) for name in scores[0]})
         graded = rewards.isfinite().nonzero().flatten().tolist()
         if not graded:
             raise WorkerError(f"not one of {batch.num_sequences} responses has a reward; statuses: {sorted(set(rollouts.statuses))}")
@@ -311,6 +314,8 @@ class OnlineTrainer(Trainer):
             lambda: ModelGroup.start(self.reference_config(), role="reference", placement=placement, seed=seed) if has_reference else None,
             side_by_side=not self._take_turns,  # vLLM measures the GPU's free memory while it starts
         )
+        if self._full_kl:
+            self.policy.set_reference_head(self.reference_config().path, "reverse")
         self.judge = None
         if self._judges:
             self.judge = start_judge(config.reward.judge, self.judge_tokenizer, placement=placement, policy_pool=self.pool, seed=seed)

@@ -26,7 +26,8 @@ class KLConfig:
     coef: float = 0.001
     """Weight of the KL."""
     kind: str = "k3"
-    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1, abs = |k1|. In the reward use k1 (unbiased); in the loss k2 or k3."""
+    """Estimator: k1 = log(pi/ref), k2 = k1^2/2, k3 = ref/pi - 1 + k1, abs = |k1|. In the reward use k1 (unbiased); in the loss k2 or k3, or full:
+    the exact KL over the whole vocabulary, for which the reference's hidden states travel with the batch."""
     target: float = 0.0
     """Adapt the coefficient so that the KL per response comes to this (0: the coefficient stays)."""
     horizon: float = 10000.0
@@ -156,7 +157,11 @@ def _check_update(algo: PolicyUpdateConfig) -> None:
 def _check_kl(config: OnlineConfig) -> None:
     kl, reference = config.algo.kl, config.reference
     require(kl.where in ("none", "reward", "loss"), "algo.kl.where", kl.where, "use none, reward or loss")
-    require(kl.kind in KL_KINDS, "algo.kl.kind", kl.kind, f"use one of {', '.join(KL_KINDS)}")
+    require(kl.kind in (*KL_KINDS, "full"), "algo.kl.kind", kl.kind, f"use one of {', '.join(KL_KINDS)}, full")
+    full = kl.kind == "full" and kl.where != "none"
+    require(not full or kl.where == "loss", "algo.kl.kind", kl.kind, "is for --algo.kl.where loss; in the reward use k1")
+    remedy = "replaces the model whose output head --algo.kl.kind full uses: use k3, or 0"
+    require(not (full and reference.refresh_every), "reference.refresh_every", reference.refresh_every, remedy)
     idle = kl.where == "loss" and kl.kind == "k1"
     require(not idle, "algo.kl.kind", kl.kind, "as a loss its expected gradient is zero: use k2 or k3, or --algo.kl.where reward")
     require(0 <= kl.coef < inf, "algo.kl.coef", kl.coef, "must be finite and not negative")

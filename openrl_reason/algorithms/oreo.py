@@ -122,7 +122,7 @@ class OREOTrainer(Trainer):
     def update_critic(self, batch: TokenBatch, logprobs: torch.Tensor) -> dict[str, float]:
         """One optimiser step of the critic against the policy's ``logprobs`` [N]."""
         started, algo = time.perf_counter(), self.config.algo
-        bare = replace(batch, tokens={name: tensor for name, tensor in batch.tokens.items() if name != "ref_hidden"}).with_tokens(logprobs=logprobs)
+        bare = batch.without_tokens("ref_hidden").with_tokens(logprobs=logprobs)
         metrics = update_metrics([self.critic.update(bare, OREOValueLoss(algo), oreo_denominators(batch, algo.average, algo.level))])
         metrics["timing/update"] = time.perf_counter() - started
         return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
@@ -136,7 +136,7 @@ class OREOTrainer(Trainer):
             rows = self.held_out[first : first + self.config.batch_size]
             batch = self.next_batch(rows, self.store.trajectories(rows))
             pending = self.policy.logprobs_async(batch), self.critic.values_async(batch)
-            batch = replace(batch, tokens={name: tensor for name, tensor in batch.tokens.items() if name != "ref_hidden"})
+            batch = batch.without_tokens("ref_hidden")
             parts.append(batch.with_tokens(logprobs=pending[0].result()["logprobs"], values=pending[1].result()["values"]))
         batch = TokenBatch.concat(parts)
         tokens, rewards = batch.tokens, batch.sequences["rewards"]

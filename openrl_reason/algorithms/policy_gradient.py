@@ -34,7 +34,8 @@ class PolicyGradientLoss:
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         tokens = denominators["tokens"]
         if self.algo.kl.where == "loss":
-            kl = kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind=self.algo.kl.kind, mask=mask)
+            full = self.algo.kl.kind == "full"
+            kl = outputs.kl if full else kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind=self.algo.kl.kind, mask=mask)
             loss = loss + self.kl_coef * (kl * weights).sum() / denominators["loss"]
             metrics["train/kl"] = kl.detach().sum() / tokens
         entropy = torch.where(mask, outputs.entropy, 0.0)

@@ -147,7 +147,7 @@ class PPOTrainer(OnlineTrainer):
         """The critic's part: the same epochs and minibatches as the policy's."""
         started, algo, history = time.perf_counter(), self.config.algo, []
         with self._critic_here() as critic:
-            for part in self.parts(batch, critic):
+            for part in self.parts(batch.without_tokens("ref_hidden"), critic):
                 history.append(critic.update(part, CriticLoss(algo.value_clip), {"tokens": float(part.num_actions)}))
         metrics = update_metrics(history)
         metrics["timing/update"] = time.perf_counter() - started

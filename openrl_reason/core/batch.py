@@ -127,6 +127,10 @@ class TokenBatch:
         """A batch with more (or replaced) per-token tensors; this one is left as it is."""
         return replace(self, tokens={**self.tokens, **tensors})
 
+    def without_tokens(self, *names: str) -> TokenBatch:
+        """A batch without these per-token tensors, where it has them: what nobody will read should not travel."""
+        return replace(self, tokens={name: tensor for name, tensor in self.tokens.items() if name not in names})
+
     def with_sequences(self, **tensors: Tensor) -> TokenBatch:
         """A batch with more (or replaced) per-sequence tensors."""
         return replace(self, sequences={**self.sequences, **tensors})

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from openrl_reason.algorithms.collect import FAILED, Rollouts, check_failures, logged_places, readable
+from openrl_reason.algorithms.online_config import ReferenceConfig
 from openrl_reason.algorithms.policy_gradient import PolicyGradientLoss
 from openrl_reason.algorithms.reduction import loss_weights
 from openrl_reason.algorithms.reinforce import ReinforceTrainer
 from openrl_reason.algorithms.reinforce_config import KLConfig, ReinforceAlgoConfig, ReinforceConfig
 from openrl_reason.core.trajectory import Trajectory
-from openrl_reason.errors import DataError, WorkerError
+from openrl_reason.errors import ConfigError, DataError, WorkerError
 from openrl_reason.models.policy import ModelOutput
 from openrl_reason.models.tiny import make_model
 from openrl_reason.rewards.base import RewardResult
@@ -235,3 +236,26 @@ def test_a_task_of_ones_own_may_not_train_on_held_out_questions(tmp_path, allowe
     else:
         with pytest.raises(DataError, match=r"1 training questions of task twice are among its 5 items.*--task.allow_test_data_in_training"):
             driver.prepare()
+
+
+def test_the_full_kl_is_the_loss_s_own_and_is_refused_where_it_cannot_be():
+    """Whole distributions of the reference come as hidden states: the exact KL is what the model says, weighted as the other estimators are."""
+    run, collected = trainer(kl=KLConfig(where="loss", kind="full", coef=0.5)), rollouts()
+    chunk = {"logprobs": torch.zeros(sum(t.num_tokens for t in collected.trajectories))}
+    chunk["hidden"] = torch.randn(len(chunk["logprobs"]), 4)
+    collected.chunks = [type("Chunk", (), {"result": staticmethod(lambda: chunk)})]
+    batch, _ = run.credit(collected)
+    assert torch.equal(batch.tokens["ref_hidden"], chunk["hidden"])
+    weights, denominator = loss_weights(batch, "token", max_response_tokens=8)
+    batch = batch.with_tokens(loss_weights=weights)
+    kl = torch.where(batch.action_mask, torch.rand(batch.num_tokens), 0.0)
+    outputs = ModelOutput(logprobs=batch.behaviour_logprobs.clone(), entropy=torch.zeros(batch.num_tokens), kl=kl)
+    denominators = {"loss": denominator, "tokens": float(batch.num_actions)}
+    losses = [PolicyGradientLoss(run.config.algo, coefficient)(outputs, batch, denominators) for coefficient in (0.5, 0.0)]
+    expected = float(kl.sum()) / batch.num_actions
+    assert float(losses[0][0] - losses[1][0]) == pytest.approx(0.5 * expected, rel=1e-5)
+    assert float(losses[0][1]["train/kl"]) == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="in the reward use k1"):
+        trainer(kl=KLConfig(where="reward", kind="full"))
+    with pytest.raises(ConfigError, match="refresh_every"):
+        ReinforceConfig(reference=ReferenceConfig(refresh_every=2), algo=ReinforceAlgoConfig(kl=KLConfig(where="loss", kind="full")))
