@@ -25,10 +25,18 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from openrl_reason.algorithms.collect import Rollouts, logged_places, readable
 from openrl_reason.algorithms.common import checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.offline_reference import OfflineReference
 from openrl_reason.algorithms.oreo_config import OfflineReferenceConfig, OREOAlgoConfig, OREOConfig, OREOKLConfig
-from openrl_reason.algorithms.oreo_losses import OREOPolicyLoss, OREOValueLoss, offline_metrics, oreo_batch, oreo_denominators
+from openrl_reason.algorithms.oreo_losses import (
+    OREOPolicyLoss,
+    OREOValueLoss,
+    explicit_advantages,
+    offline_metrics,
+    oreo_batch,
+    oreo_denominators,
+)
 from openrl_reason.algorithms.trainer import Callback, Trainer
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require
@@ -38,6 +46,7 @@ from openrl_reason.core.losses import oreo_policy_loss, oreo_value_loss
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
+from openrl_reason.rewards.base import RewardResult
 from openrl_reason.workers.placement import Placement, Role
 
 
@@ -139,6 +148,7 @@ class OREOTrainer(Trainer):
             batch = batch.without_tokens("ref_hidden")
             parts.append(batch.with_tokens(logprobs=pending[0].result()["logprobs"], values=pending[1].result()["values"]))
         batch = TokenBatch.concat(parts)
+        self._log_responses(batch)
         tokens, rewards = batch.tokens, batch.sequences["rewards"]
         shared = (rewards, batch.action_mask, tokens["states"], batch.cu_seqlens)
         settings = {"beta": algo.beta, "returns": tokens["returns"], "average": algo.average}
@@ -147,6 +157,22 @@ class OREOTrainer(Trainer):
         found = {"eval/policy_loss": float(policy), "eval/value_loss": float(value)}
         diagnostics = offline_metrics(batch, tokens["logprobs"], tokens["values"], algo.beta)
         return found | {name.replace("offline/", "eval/"): number for name, number in diagnostics.items()}
+
+    def _log_responses(self, batch: TokenBatch) -> None:
+        """Writes ``run.log_rollouts`` of the held-out rows to rollouts.jsonl, with the critic's values and advantages at each token."""
+        places = logged_places([str(question) for question in self.store.questions[self.held_out]], self.run.log_rollouts)
+        if not places:
+            return
+        trajectories = self.store.trajectories([int(self.held_out[place]) for place in places])
+        for t in trajectories:
+            prompt, response = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (t.prompt_ids, t.response_ids))
+            t.info = {"gold": None, "parsed": None, **t.info, "prompt": prompt, "response": response}
+        results = [RewardResult(score, "ok") for score in batch.sequences["rewards"][places].tolist()]
+        shown = batch.select(places).with_sequences(places=torch.arange(len(places)))
+        shown = shown.with_tokens(advantages=explicit_advantages(shown, shown.tokens["values"]))
+        tokenizer = self.tokenizer if self.run.log_rollout_tokens else None
+        rollouts = Rollouts(trajectories, [None] * len(places), results)
+        self.log.rollouts(readable(rollouts, self.done, -1, source="eval", tokenizer=tokenizer, batch=shown))
 
     # ---- data ----------------------------------------------------------------------------------------------------------------------------
 

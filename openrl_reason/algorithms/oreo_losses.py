@@ -134,14 +134,7 @@ def offline_metrics(batch: TokenBatch, logprobs: Tensor, values: Tensor, beta: f
     metrics |= {"log_ratio_median_right": _median(totals[positive]), "log_ratio_median_wrong": _median(totals[~positive])}
     k3 = kl_penalty(logprobs, batch.tokens["ref_logprobs"], kind="k3", mask=mask)
     metrics["kl_k3"] = float(segment_mean(k3, edges, mask).double().mean())
-    # What a step is worth: from its state to the next of the same sequence, or to the end.
-    has_next = torch.zeros(len(places), dtype=torch.bool)
-    has_next[:-1] = owners[1:] == owners[:-1]
-    after_V, after_tail, after_R = (torch.zeros_like(at) for _ in range(3))
-    for after, before in ((after_V, at), (after_tail, tail[places]), (after_R, returns.double()[places])):
-        after[:-1][has_next[:-1]] = before[1:][has_next[:-1]]
-    explicit = after_V - at + returns.double()[places] - after_R
-    implicit = beta * (tail[places] - after_tail)
+    implicit, explicit = beta * _until_next(tail[places], owners), -_until_next(at - returns.double()[places], owners)
     metrics |= {
         "advantage_implicit_std": _std(implicit), "advantage_explicit_std": _std(explicit),
         "advantage_correlation": _correlation(implicit, explicit),
@@ -149,6 +142,23 @@ def offline_metrics(batch: TokenBatch, logprobs: Tensor, values: Tensor, beta: f
     }  # fmt: skip
     metrics |= _value_auc(at, positive[owners], owners)
     return {f"offline/{name}": value for name, value in metrics.items()}
+
+
+def _until_next(at: Tensor, owners: Tensor) -> Tensor:
+    """Of a number at each state [S], what it loses until the next state of the same sequence; until 0 behind the last one."""
+    after, follows = torch.zeros_like(at), owners[1:] == owners[:-1]
+    after[:-1][follows] = at[1:][follows]
+    return at - after
+
+
+def explicit_advantages(batch: TokenBatch, values: Tensor) -> Tensor:
+    """[N]: at each action token what its step (or itself) is worth by the critic: V after - V before, and the reward behind the last one."""
+    states, edges = batch.tokens["states"], batch.cu_seqlens
+    owners = segment_ids(edges)[states]
+    found = -_until_next((values - batch.tokens["returns"])[states], owners)
+    place = states.long().cumsum(0) - 1  # of the last state at or before the token
+    spread = torch.where(place >= 0, found[place.clamp(min=0)], 0.0) if len(found) else torch.zeros_like(values)
+    return torch.where(batch.action_mask, spread, 0.0)
 
 
 def _value_auc(values: Tensor, right: Tensor, owners: Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from openrl_reason.algorithms.oreo import OREOAlgoConfig, OREOConfig, OREOKLConfig, OREOTrainer
-from openrl_reason.algorithms.oreo_losses import auc, offline_metrics, oreo_batch
+from openrl_reason.algorithms.oreo_losses import auc, explicit_advantages, offline_metrics, oreo_batch
 from openrl_reason.algorithms.reference_cache import ReferenceCache
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.kl import DualKL
@@ -291,6 +291,13 @@ def test_diagnostics_have_the_same_names_whatever_the_batch_holds_and_agree_at_t
     assert told["offline/residual_abs"] < 1e-5 and told["offline/advantage_correlation"] == pytest.approx(1, abs=1e-6)
     assert told["offline/advantage_implicit_std"] == pytest.approx(told["offline/advantage_explicit_std"], rel=1e-4)
     assert told["offline/value_auc"] > 0.99
+    shown, states = explicit_advantages(batch, optimum), batch.tokens["states"]
+    for b in range(12):  # a step's tokens share its advantage, and the advantages of a response add up to R - V of its first state
+        inside = (batch.sequence_ids == b) & states
+        first = int(inside.nonzero()[0])
+        assert float(shown[inside].sum()) == pytest.approx(float(batch.sequences["rewards"][b] - optimum[first]), abs=1e-5)
+        own = (batch.sequence_ids == b) & (batch.step_ids == 0)
+        assert shown[own].unique().numel() == 1
     only_right = batch.select([1, 3])
     names = offline_metrics(only_right, logprobs[only_right.token_ids * 0], only_right.tokens["returns"], 0.3)
     assert names.keys() == told.keys() and np.isnan(names["offline/value_auc"])
