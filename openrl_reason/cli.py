@@ -70,6 +70,13 @@ def _evaluate(argv: Sequence[str], prog: str) -> None:
     evaluate_model(parse_config(EvaluateConfig, argv, prog=prog))
 
 
+def _search(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.search.command import search_model
+    from openrl_reason.search.config import SearchConfig
+
+    search_model(parse_config(SearchConfig, argv, prog=prog))
+
+
 def _analyze_values(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.analyze_values import AnalyzeValuesConfig, analyze_values
 
@@ -136,6 +143,7 @@ COMMANDS = {
     "collect": Command(_collect, "rewarded samples of a model to training questions, as offline data: all, balanced, or right ones alone", _BLOCKS),
     "inspect-data": Command(_inspect_data, "what offline training would see: counts, lengths, and examples with the policy's tokens marked"),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
+    "search": Command(_search, "decoding guided by a critic (beams over steps, best-of-N) against plain samples of as many tokens", _GOES_ON),
     "analyze-values": Command(_analyze_values, "how accurate critics and Monte-Carlo values of states between steps are, against many rollouts"),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),

@@ -176,9 +176,10 @@ def config_classes() -> list[type]:
     from openrl_reason.models.export_checkpoint import ExportConfig
     from openrl_reason.models.make import MakeModelConfig
     from openrl_reason.observe.report import ReportConfig
+    from openrl_reason.search.config import SearchConfig
 
     training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, OREOConfig, CollectConfig]
-    return [*training, EvaluateConfig, AnalyzeValuesConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    return [*training, EvaluateConfig, SearchConfig, AnalyzeValuesConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:
