@@ -77,8 +77,8 @@ class OfflineLoader:
 def _units(rows: np.ndarray, rows_per_unit: int) -> np.ndarray:
     """Numbers of the units that the rows make up, ascending."""
     units, sizes = np.unique(rows // rows_per_unit, return_counts=True)
-    if (sizes != rows_per_unit).any():
-        raise ValueError(f"rows {rows[:10].tolist()}... name rows twice, or one row of a pair without the other")
+    if (sizes != rows_per_unit).any() or len(np.unique(rows)) != len(rows):
+        raise ValueError(f"rows {rows[:10].tolist()}... name a row twice, or one row of a pair without the other")
     return units
 
 

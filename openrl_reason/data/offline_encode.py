@@ -110,6 +110,8 @@ class Encoder:
         closed = self.config.eos != "none"
         if not example.messages and template in ("auto", "plain"):
             steps = self._given_steps(example, example.response)
+            if example.response.endswith(self.tokenizer.eos_token):  # closed already
+                tail, closed = "", False
             return [Piece(example.prompt), *_action(steps, tail, closed, split=not example.steps)]
         messages = example.messages or ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response})
         first = example.first_turn if example.messages else 1

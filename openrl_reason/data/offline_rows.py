@@ -71,7 +71,7 @@ class RowEncoder:
                     self.counts["kept"] += 1
                     yield kept
 
-    def bad(self, error: DataError, reason: str = "unusable") -> None:
+    def bad(self, error: DataError, reason: str = "template") -> None:
         """Counts a bad row under the error's own reason, or ``reason``; raises the error where bad rows are errors."""
         if self.config.bad_rows == "error" or isinstance(error, TooLong):
             raise error

@@ -104,7 +104,7 @@ def _line_parts(path: Path, part_bytes: int) -> list[Part]:
     """One pass over the file, since a line's number is how many stand before it."""
     parts, start, first, lines, place = [], 0, 0, 0, 0
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(min(1 << 20, part_bytes)):
             if place + len(block) - start >= part_bytes and (cut := block.rfind(b"\n") + 1):
                 through = lines + block.count(b"\n", 0, cut)
                 parts.append(Part(start, place + cut, first))

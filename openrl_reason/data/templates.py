@@ -87,6 +87,8 @@ def incremental_turns(
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_turn:
             continue
+        if index == 0:
+            raise DataError(f"{where}: message 0: the conversation begins with the assistant, and a tokenizer's template needs a message before it")
         before, after = render(messages[:index], True), render(messages[: index + 1], False)
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(

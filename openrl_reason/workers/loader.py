@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from openrl_reason.errors import WorkerError
 from openrl_reason.workers.placement import PlacementConfig, ray_session
 
 
-def map_parts(function: Callable[[int], dict[str, Any]], num_parts: int, *, placement: PlacementConfig | None = None) -> Iterator[dict[str, Any]]:
+def map_parts(function: Callable[[int], dict[str, Any]], num_parts: int, *, placement: PlacementConfig | None = None) -> Generator[dict[str, Any]]:
     """``function(0)``, ``function(1)``, ...: JSON-able results in this order, whichever finishes first. Few results are in memory at a time.
 
     Uses the Ray that is connected, or starts one for the time of the iteration. Where a run's bundles hold all CPUs, whose actors do not work
