@@ -35,6 +35,8 @@ _PUBLIC = {
     "best_of_k": "search.actions",
     "AnalyzeValuesConfig": "evaluation.analyze_values",
     "analyze_values": "evaluation.analyze_values",
+    "AnalyzePolicyConfig": "evaluation.analyze_policy",
+    "analyze_policy": "evaluation.analyze_policy",
     "Task": "tasks.base",
     "TaskItem": "tasks.base",
     "load_task": "tasks.base",

@@ -83,6 +83,12 @@ def _analyze_values(argv: Sequence[str], prog: str) -> None:
     analyze_values(parse_config(AnalyzeValuesConfig, argv, prog=prog))
 
 
+def _analyze_policy(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.evaluation.analyze_policy import AnalyzePolicyConfig, analyze_policy
+
+    analyze_policy(parse_config(AnalyzePolicyConfig, argv, prog=prog))
+
+
 def _compare(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.compare import CompareConfig, compare_files
 
@@ -145,6 +151,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "search": Command(_search, "decoding guided by a critic (beams over steps, best-of-N) against plain samples of as many tokens", _GOES_ON),
     "analyze-values": Command(_analyze_values, "how accurate critics and Monte-Carlo values of states between steps are, against many rollouts"),
+    "analyze-policy": Command(_analyze_policy, "what training has changed: distance of the weights, KL to the reference, noise of the policy gradient"),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),

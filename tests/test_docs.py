@@ -170,6 +170,7 @@ def config_classes() -> list[type]:
     from openrl_reason.algorithms.restem import RestEMConfig
     from openrl_reason.algorithms.sft import SFTConfig
     from openrl_reason.algorithms.vineppo import VinePPOConfig
+    from openrl_reason.evaluation.analyze_policy import AnalyzePolicyConfig
     from openrl_reason.evaluation.analyze_values import AnalyzeValuesConfig
     from openrl_reason.evaluation.compare import CompareConfig
     from openrl_reason.evaluation.evaluate import EvaluateConfig
@@ -179,7 +180,7 @@ def config_classes() -> list[type]:
     from openrl_reason.search.config import SearchConfig
 
     training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, OREOConfig, CollectConfig]
-    return [*training, EvaluateConfig, SearchConfig, AnalyzeValuesConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    return [*training, EvaluateConfig, SearchConfig, AnalyzeValuesConfig, AnalyzePolicyConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:
