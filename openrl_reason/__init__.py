@@ -24,6 +24,8 @@ _PUBLIC = {
     "RestEMTrainer": "algorithms.restem",
     "DPOConfig": "algorithms.dpo",
     "DPOTrainer": "algorithms.dpo",
+    "KTOConfig": "algorithms.kto",
+    "KTOTrainer": "algorithms.kto",
     "OREOConfig": "algorithms.oreo",
     "OREOTrainer": "algorithms.oreo",
     "CollectConfig": "algorithms.collection",

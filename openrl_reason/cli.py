@@ -52,6 +52,12 @@ def _dpo(argv: Sequence[str], prog: str) -> None:
     DPOTrainer(parse_config(DPOConfig, argv, prog=prog)).fit()
 
 
+def _kto(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.kto import KTOConfig, KTOTrainer
+
+    KTOTrainer(parse_config(KTOConfig, argv, prog=prog)).fit()
+
+
 def _collect(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.algorithms.collection import CollectConfig, collect_samples
 
@@ -139,12 +145,13 @@ _RESUMES = " The last complete checkpoint is intact; --run.resume continues from
 
 COMMANDS = {
     "make-model": Command(_make_model, "write a small model made on the spot (or SmolLM2-135M-Instruct) as a Hugging Face folder"),
-    "sft": Command(_sft, "supervised fine-tuning on solutions", _RESUMES),
+    "sft": Command(_sft, "supervised fine-tuning on solutions; rejection sampling on rewarded responses", _RESUMES),
     "reinforce": Command(_reinforce, "REINFORCE, RLOO, GRPO, Dr. GRPO, REINFORCE++ on rollouts of the policy", _RESUMES),
     "ppo": Command(_ppo, "PPO with a learned critic", _RESUMES),
     "vineppo": Command(_vineppo, "VinePPO: PPO whose values are Monte-Carlo rollouts from every reasoning step, without a critic", _RESUMES),
     "restem": Command(_restem, "RestEM, rejection sampling: fine-tuning on the policy's own right responses", _RESUMES),
     "dpo": Command(_dpo, "DPO, DPO-Positive, IPO on preference pairs: from a file, rewarded samples, or sampled first", _RESUMES),
+    "kto": Command(_kto, "KTO on single responses, desirable or undesirable by their reward or label", _RESUMES),
     "oreo": Command(_oreo, "OREO: a policy and a critic learn from rewarded responses, by tokens, steps or whole responses", _RESUMES),
     "collect": Command(_collect, "rewarded samples of a model to training questions, as offline data: all, balanced, or right ones alone", _BLOCKS),
     "inspect-data": Command(_inspect_data, "what offline training would see: counts, lengths, and examples with the policy's tokens marked"),

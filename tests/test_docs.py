@@ -164,6 +164,7 @@ def check_python(text: str) -> None:
 def config_classes() -> list[type]:
     from openrl_reason.algorithms.collection import CollectConfig
     from openrl_reason.algorithms.dpo import DPOConfig
+    from openrl_reason.algorithms.kto import KTOConfig
     from openrl_reason.algorithms.oreo import OREOConfig
     from openrl_reason.algorithms.ppo import PPOConfig
     from openrl_reason.algorithms.reinforce import ReinforceConfig
@@ -179,7 +180,7 @@ def config_classes() -> list[type]:
     from openrl_reason.observe.report import ReportConfig
     from openrl_reason.search.config import SearchConfig
 
-    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, OREOConfig, CollectConfig]
+    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, KTOConfig, OREOConfig, CollectConfig]
     return [*training, EvaluateConfig, SearchConfig, AnalyzeValuesConfig, AnalyzePolicyConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
