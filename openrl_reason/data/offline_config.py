@@ -51,7 +51,7 @@ class OfflineDataConfig:
     (a space and the EOS token, as published OREO has it) or none."""
     step_kind: str = "newline"
     """How a response is cut into reasoning steps (docs/steps.md), or oreo: lines, and after sentences where the prompt asks for a boxed answer,
-    as published. Trajectories keep the steps they have."""
+    as published. A trajectory of several steps keeps them."""
     split_turns: bool = False
     """Conversations: cut the messages of the assistant into steps, too. false: each of them is one step."""
     step_separator: str = "\n"

@@ -12,7 +12,7 @@ import numpy as np
 
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.data.offline_formats import BadRow, Example, asks_for_box
+from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box
 from openrl_reason.data.offline_steps import StepMap
 from openrl_reason.data.templates import resolve_template, template_turns
 from openrl_reason.errors import ConfigError, DataError
@@ -90,17 +90,42 @@ class Encoder:
         ]
 
     def take(self, trajectory: Trajectory, where: str) -> Encoded:
-        """A finished trajectory, its tokens, steps and log-probs as they are. Raises BadRow for tokens that the tokenizer does not have."""
+        """A finished trajectory, its tokens and log-probs as they are, and its steps if it has several: a response that is one step was never cut,
+        and is now. Raises BadRow for tokens that the tokenizer does not have."""
         if trajectory.num_tokens and int(trajectory.token_ids.max()) > self._largest_id:
             hint = "were these samples made with another tokenizer?"
             raise BadRow("unknown_token", where, f"token {trajectory.token_ids.max()} is beyond the tokenizer's {self._largest_id}; {hint}")
         known = np.isfinite(trajectory.behaviour_logprobs).any()
+        step_ids, rewards = self._cut(trajectory)
         return Encoded(
-            where, trajectory.token_ids, trajectory.step_ids, trajectory.rewards, trajectory.task_id,
+            where, trajectory.token_ids, step_ids, rewards, trajectory.task_id,
             has_reward=trajectory.info.get("has_reward", True), label=trajectory.reward > 0, stop_reason=trajectory.stop_reason,
             policy_version=trajectory.policy_version, behaviour_logprobs=trajectory.behaviour_logprobs if known else None,
             ids=(trajectory.trajectory_id, trajectory.task_id, trajectory.group_id), info={"source": where} | trajectory.info,
         )  # fmt: skip
+
+    def _cut(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and their rewards."""
+        step_ids, actions = trajectory.step_ids, np.flatnonzero(trajectory.action_mask)
+        one_piece = len(actions) and actions[-1] - actions[0] + 1 == len(actions)
+        if trajectory.num_steps > 1 or not one_piece or self.config.step_kind == "whole":
+            return step_ids, trajectory.rewards
+        ids = trajectory.token_ids[actions]
+        closed = ids[-1] == self.tokenizer.eos_token_id
+        said = ids[:-1] if closed else ids
+        sentences = self.config.step_kind == "oreo" and BOXED_INSTRUCTION in self.tokenizer.decode(trajectory.prompt_ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(said, skip_special_tokens=False)
+        steps = self._steps.steps(said, text, "", sentences=sentences) if len(said) else np.zeros(0, np.int32)
+        if steps is None:
+            self.counts["steps_not_told"] += 1
+            return step_ids, trajectory.rewards
+        if closed:
+            steps = np.append(steps, self._step_of_end(Piece(text, True, split=True), steps, sentences))
+        step_ids = step_ids.copy()
+        step_ids[actions] = steps
+        rewards = np.zeros(int(steps.max()) + 1, np.float32)
+        rewards[-1] = trajectory.reward
+        return step_ids, rewards
 
     # ---- layout --------------------------------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,18 @@ def test_a_trajectory_is_taken_as_it_is(tokenizer):
     assert side.ids[1:] == ("q", "q/3") and side.policy_version == 7 and side.stop_reason == "eos" and side.info["gold"] == "4"
 
 
+@pytest.mark.parametrize("step_kind", ["newline", "oreo", "whole"])
+def test_a_sampled_response_that_is_one_step_is_cut_as_its_text_would_be(tokenizer, step_kind):
+    text = one({"prompt": "1?", "response": "a b\n\nc\nd\n", "reward": 0.5}, tokenizer, step_kind=step_kind)
+    actions = text.action_mask
+    sampled = Trajectory.from_completion(
+        text.prompt_ids, text.response_ids, [-1.0] * int(actions.sum()), task_id="q", group_id="q", sample_index=0, reward=0.5,
+    )  # fmt: skip
+    (side,), encoder = encode(sampled.to_record(), tokenizer, step_kind=step_kind)
+    assert side.step_ids.tolist() == text.step_ids.tolist() and side.rewards.tolist() == text.rewards.tolist()
+    assert not encoder.counts["steps_not_told"]
+
+
 def test_a_trajectory_of_another_tokenizer_is_refused(tokenizer):
     row = TRAJECTORY | {"token_ids": [10, 11, 20, 21, 9999]}
     with pytest.raises(DataError, match=r"x\.jsonl:1: token 9999 is beyond the tokenizer's \d+; were these samples made with another"):
