@@ -90,6 +90,17 @@ def test_a_batch_smaller_than_the_group_is_scored_and_trained_on_like_any_other(
         reference.logprobs(batch)
 
 
+def test_the_sketched_gradient_of_two_ranks_is_that_of_one_and_needs_no_training(ray_session, path):
+    settings, batch = dict(path=path, dtype="float32", tokens_per_micro_batch=48), random_batch(LENGTHS)
+    args = supervised_loss, {"actions": float(batch.num_actions)}
+    alone = ModelWorker(ModelConfig(**settings)).gradient_sketch([batch], *args, size=1 << 16, seed=5)
+    group = ModelGroup.start(ModelConfig(**settings, num_ranks=2), role="frozen", timeout_s=120)
+    for one in (batch, batch.select([2])):  # the second leaves a rank without sequences
+        found = group.gradient_sketch(one, *args, size=1 << 16, seed=5)
+        assert found.norm_error < 1e-5 and (one is not batch or torch.allclose(found.sketch, alone.sketch, rtol=1e-4, atol=1e-6))
+    group.close()
+
+
 def test_ranks_are_named_actors(two_ranks, ray_session):
     two_ranks.ready()
     assert ray_session.get_actor("policy-rank0") and ray_session.get_actor("policy-rank1")
