@@ -55,8 +55,8 @@ class GradientConfig:
     """Advantages over each batch: none, center (mean 0), scale (divided by their standard deviation) or full (both). Variances of credits can be
     compared with none; ratios of noise to signal always."""
     sketch_size: int = 1 << 20
-    """Numbers kept of each gradient. Exact for a model with at most so many parameters; else inner products of gradients have a relative error of
-    about 1 / sqrt(sketch_size)."""
+    """Numbers kept of each gradient. Exact for a model with at most so many parameters; else inner products of two gradients are off by about
+    1 / sqrt(sketch_size) of the product of their norms."""
 
 
 @dataclass(frozen=True)
