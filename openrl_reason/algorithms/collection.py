@@ -54,6 +54,7 @@ def collect_samples(config: CollectConfig, *, task: Task | None = None, reward_f
         WorkerError: an engine failed too often, or more rewards than ``reward.max_failed_rate``.
     """
     require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
+    config.check_room()
     path, folder = local_path(config.model), Path(config.output).absolute()
     tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
     task = task or load_task(config.task)

@@ -99,9 +99,13 @@ class CollectConfig:
         require(most == 1 or self.sampling.temperature > 0, "sampling.temperature", 0, "greedy responses to a question are all alike: use > 0")
         no_pairs = self.mode == "rejection" and self.pairs_per_question
         require(not no_pairs, "pairs_per_question", self.pairs_per_question, "with --mode rejection nothing wrong is kept: use all or balanced")
-        budget, limit = self.sampling.max_new_tokens, self.rollout.max_model_len
-        require(budget < limit, "sampling.max_new_tokens", budget, f"leaves no room for a prompt: it must be below --rollout.max_model_len {limit}")
         require(not self.reward.judges, "reward.terms", "judge", "this command starts no engines for judges: use the task's grader or a function")
+
+    def check_room(self, prefix: str = "") -> None:
+        """Refuses engines in which no prompt would fit before a full response; apart, since another command may bring the engines."""
+        budget, limit = self.sampling.max_new_tokens, self.rollout.max_model_len
+        remedy = f"leaves no room for a prompt: it must be below --rollout.max_model_len {limit}"
+        require(budget < limit, f"{prefix}sampling.max_new_tokens", budget, remedy)
 
     @property
     def rule(self) -> SampleRule:

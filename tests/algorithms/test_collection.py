@@ -297,12 +297,16 @@ def test_text_rows_have_one_bos():
         ({"format": "csv"}, "--format is 'csv'"),
         ({"num_samples": 0}, "--num_samples is 0"),
         ({"threshold": float("nan")}, "--threshold is nan"),
-        ({"sampling": SamplingConfig(max_new_tokens=2048)}, "leaves no room"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         CollectConfig(**settings)
+
+
+def test_engines_in_which_no_prompt_fits_are_refused(collect):
+    with pytest.raises(ConfigError, match="--sampling.max_new_tokens is 2048: leaves no room for a prompt"):
+        collect(sampling=SamplingConfig(max_new_tokens=2048))
 
 
 def test_the_window_keeps_the_engines_twice_as_busy_as_they_can_be():
