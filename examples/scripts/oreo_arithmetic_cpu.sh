@@ -66,7 +66,7 @@ output, methods, seeds = Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3].spl
 
 
 def score(name):
-    metrics = json.loads((output / f"{name}.json").read_text())["metrics"]
+    metrics = json.loads((output / f"{name}.json").read_text())
     return next(value for key, value in metrics.items() if key.endswith("/pass@1"))
 
 
