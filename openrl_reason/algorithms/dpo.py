@@ -1,8 +1,8 @@
 """Direct preference optimisation, DPO-Positive and IPO on pairs of responses (``core.losses_preference.dpo_loss`` has the formulas).
 
 Pairs come from a file, from rewarded samples on disk, or from responses that this command samples first (its engines are closed before
-training). The reference is the policy at its start: the log-probs of all responses under it are computed once, before the first step, and
-kept in the run's folder, so that there is never a second model. Prompt tokens are not scored.
+training). The reference is the policy at its start, or a model of its own: the log-probs of all responses under it are computed once, before
+the first step, and kept in the run's folder, so that no second model is there while the policy trains. Prompt tokens are not scored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from openrl_reason.algorithms.common import (
     update_metrics,
 )
 from openrl_reason.algorithms.dpo_config import DPOConfig, DPOLossConfig
-from openrl_reason.algorithms.reference_scores import SEQUENCES_PER_CALL, in_parts, kept_scores, response_logprobs, score_responses
+from openrl_reason.algorithms.reference_scores import SEQUENCES_PER_CALL, in_parts, kept_scores, reference_model, response_logprobs, score_responses
 from openrl_reason.algorithms.samples import BLOCKS, SampleBlocks
 from openrl_reason.algorithms.sampling import rewarded_engines, with_stops_of
 from openrl_reason.algorithms.trainer import Callback, Trainer
@@ -157,10 +157,10 @@ class DPOTrainer(Trainer):
         )
         return {"eval/loss": float(value)} | {name.replace("dpo/", "eval/"): float(found) for name, found in metrics.items() if "/" in name}
 
-    def _score(self, trajectories: Sequence[Trajectory], *, adapters: bool = True) -> dict[str, float]:
-        """Summed (or mean) log-prob of each response under the present weights, by trajectory id."""
-        loss = self.config.loss
-        scores = score_responses(self.policy, in_parts(trajectories), temperature=loss.temperature, mean=loss.mean_logprobs, adapters=adapters)
+    def _score(self, trajectories: Sequence[Trajectory], *, group: Any = None, adapters: bool = True) -> dict[str, float]:
+        """Summed (or mean) log-prob of each response under the present weights (of another ``group``, if one is given), by trajectory id."""
+        loss, parts = self.config.loss, in_parts(trajectories)
+        scores = score_responses(group or self.policy, parts, temperature=loss.temperature, mean=loss.mean_logprobs, adapters=adapters)
         return dict(zip((t.trajectory_id for t in trajectories), scores.tolist(), strict=True))
 
     # ---- pairs ---------------------------------------------------------------------------------------------------------------------------
@@ -251,15 +251,16 @@ class DPOTrainer(Trainer):
 
     # ---- the reference -------------------------------------------------------------------------------------------------------------------
 
-    def read_or_score_reference(self) -> dict[str, float]:
-        """Log-prob of every response under the policy's start, by trajectory id. Computed before the first step, and kept on disk."""
+    def read_or_score_reference(self, placement: Placement | None = None) -> dict[str, float]:
+        """Log-prob of every response under the reference, by trajectory id. Computed before the first step, and kept on disk."""
         everything = [side for pair in (*self.train_pairs, *self.held_out) for side in (pair.chosen, pair.rejected)]
         sides = {side.trajectory_id: side for side in everything}
-        loss = self.config.loss
-        identity = content_id(self.model_path, str(loss.temperature), str(loss.mean_logprobs), *sides)
+        loss, policy, path = self.config.loss, self.config.policy, self.config.reference_path and local_path(self.config.reference_path)
+        identity = content_id(path or self.model_path, str(loss.temperature), str(loss.mean_logprobs), *sides)
 
         def compute() -> dict[str, torch.Tensor]:
-            scores = self._score(list(sides.values()), adapters=not self.config.policy.lora.rank)
+            with reference_model(self.policy, policy, path, placement, self.run.seed) as (group, adapters):
+                scores = self._score(list(sides.values()), group=group, adapters=adapters)
             return {"logprobs": torch.tensor(list(scores.values()), dtype=torch.float32)}
 
         kept = kept_scores(self.folder / "reference.safetensors", identity, compute, reuse=self.run.resume)
@@ -270,7 +271,8 @@ class DPOTrainer(Trainer):
     def roles(self) -> list[Role]:
         config = self.config
         engines = [Role("engine", config.rollout.num_engines, gpus_per_actor=config.rollout.tensor_parallel)] if config.sample else []
-        return [Role("policy", config.policy.num_ranks), *engines]
+        reference = [Role("reference", config.policy.num_ranks)] if config.reference_path else []
+        return [Role("policy", config.policy.num_ranks), *reference, *engines]
 
     def plan(self) -> list[tuple[str, str]]:
         config, loss, engines = self.config, self.config.loss, self.config.rollout
@@ -278,6 +280,7 @@ class DPOTrainer(Trainer):
         rows = [
             ("optimiser steps", f"{config.epochs} epochs over the pairs, {config.batch_size} pairs a step"),
             ("loss", f"{loss.kind}, beta {loss.beta:g}{positive}"),
+            ("reference", config.reference_path or "the start of the policy"),
             ("policy", describe_model(config.policy)),
             ("memory of the weights", estimate_memory(config.policy, engines=engines if config.sample else None)),
         ]
@@ -301,7 +304,7 @@ class DPOTrainer(Trainer):
             policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps, timeout_s=policy.timeout_s
         )
         stack.callback(self.policy.close)
-        self.reference = self.read_or_score_reference()  # before a checkpoint is loaded: the policy is at its start
+        self.reference = self.read_or_score_reference(placement)  # before a checkpoint is loaded: the policy is at its start
 
     def start(self) -> None:
         super().start()
@@ -326,7 +329,12 @@ class DPOTrainer(Trainer):
         self.log.rollouts(records)  # all at once if they are few: a tracker makes a table of each call, and the last one stands
 
     def order(self) -> dict[str, Any]:
-        own = {"run.seed": self.run.seed, "batch_size": self.config.batch_size, "training pairs": self._pairs_identity}
+        own = {
+            "run.seed": self.run.seed,
+            "batch_size": self.config.batch_size,
+            "training pairs": self._pairs_identity,
+            "reference_path": self.config.reference_path,
+        }
         return own | {"loss.temperature": self.config.loss.temperature, "loss.mean_logprobs": self.config.loss.mean_logprobs}
 
     def export(self, folder: Path) -> None:

@@ -41,8 +41,6 @@ class Algorithm:
     configure: Configure
     """(the group, the whole config, inputs) -> the group with what iterate makes."""
     has_reference: bool = False
-    free_reference: bool = False
-    """Its reference may be another model than the policy's start."""
     has_critic: bool = False
     one_path: bool = False
     """Its data are one path, not several."""
@@ -69,18 +67,23 @@ def _rejection(group: Any, config: Any, inputs: RoundInputs) -> Any:
 
 def _dpo(group: Any, config: Any, inputs: RoundInputs) -> Any:
     pairs = replace(group.pairs, threshold=config.collect.threshold)
-    return replace(group, data=replace(group.data, path=inputs.data), pairs=pairs)
+    return replace(group, data=replace(group.data, path=inputs.data), pairs=pairs, reference_path=_other_than_policy(inputs))
 
 
 def _kto(group: Any, config: Any, inputs: RoundInputs) -> Any:
     data = replace(group.data, path=inputs.data)
-    return replace(group, data=data, label_threshold=config.collect.threshold * data.reward_scale + data.reward_shift)
+    threshold = config.collect.threshold * data.reward_scale + data.reward_shift
+    return replace(group, data=data, label_threshold=threshold, reference_path=_other_than_policy(inputs))
 
 
 def _oreo(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    reference = replace(group.reference, path="" if inputs.reference == inputs.policy else inputs.reference)
-    critic = replace(group.critic, path=inputs.critic)
+    reference, critic = replace(group.reference, path=_other_than_policy(inputs)), replace(group.critic, path=inputs.critic)
     return replace(group, data=replace(group.data, path=inputs.data), reference=reference, critic=critic)
+
+
+def _other_than_policy(inputs: RoundInputs) -> str:
+    """The reference, where it is not the policy's start: trainers need no second model for that."""
+    return "" if inputs.reference == inputs.policy else inputs.reference
 
 
 _COMMON = ("run.output_dir", "run.resume", "run.seed", "run.dry_run", "policy.path", "placement", "data.path")
@@ -89,10 +92,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "rejection": Algorithm("sft", "sft:SFTTrainer", (*_COMMON, "data.min_reward", "task"), _rejection, one_path=True),
     "sft": Algorithm("sft", "sft:SFTTrainer", (*_COMMON, "data.min_reward", "task"), _sft, one_path=True),
     "dpo": Algorithm(
-        "dpo", "dpo:DPOTrainer", (*_COMMON, "sample", "pairs.path", "pairs.trajectories", "pairs.threshold"), _dpo, has_reference=True
+        "dpo", "dpo:DPOTrainer", (*_COMMON, "sample", "pairs.path", "pairs.trajectories", "pairs.threshold", "reference_path"), _dpo,
+        has_reference=True,
     ),
-    "kto": Algorithm("kto", "kto:KTOTrainer", (*_COMMON, "label_threshold"), _kto, has_reference=True),
-    "oreo": Algorithm(
-        "oreo", "oreo:OREOTrainer", (*_COMMON, "reference.path", "critic.path"), _oreo, has_reference=True, free_reference=True, has_critic=True
-    ),
+    "kto": Algorithm("kto", "kto:KTOTrainer", (*_COMMON, "label_threshold", "reference_path"), _kto, has_reference=True),
+    "oreo": Algorithm("oreo", "oreo:OREOTrainer", (*_COMMON, "reference.path", "critic.path"), _oreo, has_reference=True, has_critic=True),
 }  # fmt: skip

@@ -88,9 +88,6 @@ class IterateConfig:
         algorithm = ALGORITHMS[self.algorithm]
         fits = algorithm.has_reference or self.reference == "previous"
         require(fits, "reference", self.reference, f"{self.algorithm} has no reference: leave it out")
-        same = algorithm.free_reference or not algorithm.has_reference or self.reference == self.policy
-        remedy = f"the reference of {self.algorithm} is the policy at its start, and --policy is {self.policy}: use the same for both"
-        require(same, "reference", self.reference, remedy)
         require(algorithm.has_critic or self.critic == "fresh", "critic", self.critic, f"{self.algorithm} has no critic: leave it out")
         nothing = self.algorithm in ("dpo", "kto") and self.collect.mode == "rejection"
         require(not nothing, "collect.mode", self.collect.mode, f"{self.algorithm} learns from right and wrong samples: use all or balanced")

@@ -1,8 +1,8 @@
 """Kahneman-Tversky optimisation on single responses that are labelled desirable or undesirable (``core.losses_preference.kto_loss``).
 
-The labels come from rewards, so the file that OREO learns from serves as it is. The reference is the policy at its start: its log-probs are
-computed once, before the first step, and kept in the run's folder. The reference point z0 is one number for the whole batch of a step, found
-before its update, so the gradient does not depend on how the batch is cut. Prompt tokens are not scored.
+The labels come from rewards, so the file that OREO learns from serves as it is. The reference is the policy at its start, or a model of its
+own: its log-probs are computed once, before the first step, and kept in the run's folder. The reference point z0 is one number for the whole
+batch of a step, found before its update, so the gradient does not depend on how the batch is cut. Prompt tokens are not scored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from openrl_reason.algorithms.common import checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.kto_config import KTOConfig, KTOLossConfig
-from openrl_reason.algorithms.reference_scores import in_parts, kept_scores, response_logprobs, score_responses
+from openrl_reason.algorithms.reference_scores import in_parts, kept_scores, reference_model, response_logprobs, score_responses
 from openrl_reason.algorithms.trainer import Callback, Trainer
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require
@@ -199,8 +199,8 @@ class KTOTrainer(Trainer):
         mixed = self._score(self._mismatched_parts(rows, parts))
         return float(kto_reference_point(mixed, self.reference["mismatched"][rows]))
 
-    def _score(self, parts: _Parts, *, adapters: bool = True) -> torch.Tensor:
-        return score_responses(self.policy, parts, temperature=self.config.loss.temperature, adapters=adapters)
+    def _score(self, parts: _Parts, *, group: Any = None, adapters: bool = True) -> torch.Tensor:
+        return score_responses(group or self.policy, parts, temperature=self.config.loss.temperature, adapters=adapters)
 
     def _read(self, rows: np.ndarray) -> _Parts:
         return (self.store.trajectories(part) for part in in_parts(rows))
@@ -262,19 +262,20 @@ class KTOTrainer(Trainer):
         if num_cut:
             print(f"{num_cut} of {len(rows)} responses are cut to --data.max_length {limit} behind another question's prompt (for z0 alone)")
 
-    def read_or_score_reference(self) -> dict[str, torch.Tensor]:
-        """float32 [rows of the store], NaN for unused rows: "logprobs" of the responses under the policy's start and, with z0 mismatched,
+    def read_or_score_reference(self, placement: Placement | None = None) -> dict[str, torch.Tensor]:
+        """float32 [rows of the store], NaN for unused rows: "logprobs" of the responses under the reference and, with z0 mismatched,
         "mismatched" of the mixtures. Computed before the first step, and kept on disk."""
-        rows, own = np.sort(np.concatenate([self.rows, self.held_out])), not self.config.policy.lora.rank
+        rows, path = np.sort(np.concatenate([self.rows, self.held_out])), self.config.reference_path and local_path(self.config.reference_path)
 
         def compute() -> dict[str, torch.Tensor]:
-            found = {"logprobs": self._score(self._read(rows), adapters=own)}
-            if self.config.loss.z0 == "mismatched":
-                found["mismatched"] = self._score(self._mismatched_parts(rows, self._read(rows)), adapters=own)
+            with reference_model(self.policy, self.config.policy, path, placement, self.run.seed) as (group, adapters):
+                found = {"logprobs": self._score(self._read(rows), group=group, adapters=adapters)}
+                if self.config.loss.z0 == "mismatched":
+                    found["mismatched"] = self._score(self._mismatched_parts(rows, self._read(rows)), group=group, adapters=adapters)
             return found
 
         about = (str(self.config.loss.temperature), str(self.config.data.max_length), rows.tobytes().hex(), self.partners.tobytes().hex())
-        identity = content_id(self.model_path, self.store.identity, *about)
+        identity = content_id(path or self.model_path, self.store.identity, *about)
         kept = kept_scores(self.folder / "reference.safetensors", identity, compute, reuse=self.run.resume)
         scattered = {name: torch.full((len(self.store),), float("nan")) for name in kept}
         for name, scores in kept.items():
@@ -284,13 +285,15 @@ class KTOTrainer(Trainer):
     # ---- actors and state ----------------------------------------------------------------------------------------------------------------
 
     def roles(self) -> list[Role]:
-        return [Role("policy", self.config.policy.num_ranks)]
+        ranks = self.config.policy.num_ranks
+        return [Role("policy", ranks), *([Role("reference", ranks)] if self.config.reference_path else [])]
 
     def plan(self) -> list[tuple[str, str]]:
         config, loss = self.config, self.config.loss
         return [
             ("optimiser steps", f"{config.epochs} epochs over the responses, {config.batch_size} a step"),
             ("loss", f"KTO, beta {loss.beta:g}, lambda {loss.desirable_weight:g} and {loss.undesirable_weight:g}, z0 {loss.z0}"),
+            ("reference", config.reference_path or "the start of the policy"),
             ("policy", describe_model(config.policy)),
             ("memory of the weights", estimate_memory(config.policy)),
         ]
@@ -304,7 +307,7 @@ class KTOTrainer(Trainer):
             policy, role="policy", placement=placement, seed=self.run.seed, total_steps=self.run.steps, timeout_s=policy.timeout_s
         )
         stack.callback(self.policy.close)
-        self.reference = self.read_or_score_reference()  # before a checkpoint is loaded: the policy is at its start
+        self.reference = self.read_or_score_reference(placement)  # before a checkpoint is loaded: the policy is at its start
         write_json(self.folder / "labels.json", self._counts)
 
     def order(self) -> dict[str, Any]:
@@ -313,6 +316,7 @@ class KTOTrainer(Trainer):
             "loss.temperature": self.config.loss.temperature,
             "loss.z0": self.config.loss.z0,
             "label_threshold": self.config.label_threshold,
+            "reference_path": self.config.reference_path,
         }
 
     def export(self, folder: Path) -> None:

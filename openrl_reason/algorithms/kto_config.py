@@ -64,6 +64,8 @@ class KTOConfig:
     response)."""
     policy: TrainedModelConfig = field(default_factory=TrainedModelConfig)
     """The model that learns."""
+    reference_path: str = ""
+    """Model folder of the reference; empty: the policy's start. It is there before the first step alone, on as many ranks as the policy."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Cluster and placement."""
 

@@ -1,9 +1,10 @@
-"""Log-probs of whole responses under the policy's start, computed once and kept on disk: a reference without a second model."""
+"""Log-probs of whole responses under a reference, computed once and kept on disk: no second model while the policy trains."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from openrl_reason.algorithms.sampling import running_group
 from openrl_reason.atomic import naming_disk_errors
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.segments import segment_mean, segment_sum
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.errors import CheckpointError
+from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
 
 SEQUENCES_PER_CALL = 2048
 """Log-probs are asked for in parts of this many sequences, which bounds the driver's memory."""
@@ -40,6 +43,19 @@ def score_responses(
         logprobs = policy.logprobs(batch, temperature=temperature, adapters=adapters)["logprobs"]
         found.append(response_logprobs(logprobs, batch, mean=mean))
     return torch.cat(found)
+
+
+@contextlib.contextmanager
+def reference_model(policy: Any, config: TrainedModelConfig, path: str, placement: Any, seed: int) -> Iterator[tuple[Any, bool]]:
+    """(the group that scores for the reference, its ``adapters``): the policy, which stands at its start, without its adapters; or, with a
+    ``path``, a model of its own on as many ranks, which ends with the block."""
+    if not path:
+        yield policy, not config.lora.rank
+        return
+    own = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
+    own |= {"path": path, "zero_stage": 3 if config.zero_stage == 3 else 0, "gradient_checkpointing": False}
+    with running_group(ModelConfig(**own), "reference", placement, seed) as group:
+        yield group, True
 
 
 def in_parts(items: Sequence[Any], size: int = SEQUENCES_PER_CALL) -> Iterable[Sequence[Any]]:

@@ -330,7 +330,6 @@ def test_a_dry_run_shows_every_stage_and_writes_nothing(run, tmp_path, capsys, m
         ({"rounds": 0}, "--rounds is 0"),
         ({"data": "all"}, "--data is 'all': use latest or union"),
         ({"reference": "sft"}, "--reference is 'sft': rejection has no reference"),
-        ({"algorithm": "dpo", "reference": "sft"}, "the reference of dpo is the policy at its start, and --policy is previous"),
         ({"algorithm": "dpo", "critic": "warm"}, "--critic is 'warm': dpo has no critic"),
         ({"algorithm": "kto", "collect": CollectConfig(mode="rejection")}, "--collect.mode is 'rejection': kto learns from right and wrong"),
         ({"collect": CollectConfig(model="m")}, "--collect.model is 'm': is the whole run's: use --model"),
@@ -351,9 +350,12 @@ def test_the_run_brings_the_engines_in_which_prompts_must_fit():
     IterateConfig(collect=CollectConfig(sampling=SamplingConfig(max_new_tokens=1500)), rollout=RolloutConfig(max_model_len=2048))
 
 
-def test_dpo_may_begin_each_round_with_its_reference(run):
-    fakes = run(algorithm="dpo", policy="sft", reference="sft", rounds=2)
-    assert [relative(config.policy.path, fakes) for _, config in trained(fakes)] == ["start", "start"]
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_reference_that_is_the_policys_start_needs_no_model_of_its_own(run, name):
+    for policy, reference, expected in (("previous", "previous", ["", ""]), ("sft", "sft", ["", ""]), ("previous", "sft", ["", "start"]),
+                                        ("sft", "previous", ["", "round-00/train/model"])):  # fmt: skip
+        fakes = run(f"{policy}-{reference}", algorithm=name, policy=policy, reference=reference, rounds=2)
+        assert [config.reference_path and relative(config.reference_path, fakes) for _, config in trained(fakes)] == expected
 
 
 def test_settings_of_the_algorithm_are_its_own(run):
