@@ -22,7 +22,7 @@ def map_parts(function: Callable[[int], dict[str, Any]], num_parts: int, *, plac
     from ray.data.exceptions import ExecutionTimeoutError
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(function(int(row["id"])))}
+        return {"result": json.dumps(function(int(row["number"])))}
 
     with ray_session(placement or PlacementConfig()):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -32,7 +32,9 @@ def map_parts(function: Callable[[int], dict[str, Any]], num_parts: int, *, plac
         context.enable_progress_bars = context.enable_operator_progress_bars = context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         with DataContext.current(context):
-            results = ray.data.range(num_parts, override_num_blocks=num_parts).map(call, compute=pool, num_cpus=1 if free else 0)
+            # Items, not a range: its blocks are there at once, where those of a range come from tasks that would wait for a CPU of their own.
+            items = ray.data.from_items([{"number": number} for number in range(num_parts)], override_num_blocks=num_parts)
+            results = items.map(call, compute=pool, num_cpus=1 if free else 0)
             try:
                 for row in results.iter_rows():
                     yield json.loads(row["result"])
