@@ -11,6 +11,8 @@ from openrl_reason.algorithms.common import checked_tokenizer, local_path
 from openrl_reason.config import require
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.steps import stop_strings
+from openrl_reason.data.token_text import token_pieces
+from openrl_reason.errors import ConfigError
 from openrl_reason.evaluation.compare import Comparison, compare_results, print_comparisons
 from openrl_reason.evaluation.config import EvalSetConfig, check_output_file
 from openrl_reason.evaluation.evaluate import beside, describe, refuse_leaks, result_record, write_result
@@ -50,6 +52,7 @@ def search_model(config: SearchConfig, task: Task | None = None) -> dict[str, fl
     _check_critic(config, tokenizer)
     task = task or load_task(config.task)
     task = task.cut_by(config.step_kind or task.step_kind)
+    _check_tokenizer(config, task.step_kind, tokenizer)
     defaults = SetDefaults(config.split, config.num_items, 1, config.sampling)
     own = EvalSetConfig(ids=config.ids, ids_file=config.ids_file)
     limit = config.rollout.max_model_len
@@ -89,6 +92,18 @@ def _check_critic(config: SearchConfig, tokenizer: Any) -> None:
     trusted = config.rollout.trust_remote_code
     check_scalar_folder(config.critic, tokenizer, config.rollout.max_model_len, flag="critic", trust_remote_code=trusted)
     refuse_without_head(config.critic, "critic", trust_remote_code=trusted)
+
+
+def _check_tokenizer(config: SearchConfig, kind: Any, tokenizer: Any) -> None:
+    """Refuses to cut steps where nobody says which token wrote what: whole responses would be taken for steps."""
+    cut_here = config.method == "beam" and (stop_strings(kind) is None or config.step_tokens > 0)
+    cut_here |= config.method == "best_of_n" and config.aggregate in ("min", "mean")
+    ids = tokenizer("a\nb", add_special_tokens=False)["input_ids"] if cut_here else []
+    if ids and token_pieces(tokenizer, ids, tokenizer.decode(ids, skip_special_tokens=True)) is None:
+        raise ConfigError(
+            f"--step_kind is {kind!r}, but this tokenizer's decoder does not say which token wrote what, so steps cannot be cut here: use newline or"
+            " newline_sentence without --step_tokens, where the engine stops at their end, and --aggregate last"
+        )
 
 
 def plan(config: SearchConfig, chosen: EvalSet) -> list[str]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from openrl_reason.core.steps import split_steps
+from openrl_reason.core.steps import split_steps, stop_strings
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.search.beam import BeamSettings, beam_search
 from openrl_reason.search.candidates import Finish
@@ -194,6 +194,15 @@ def test_equal_beams_draw_different_samples():
     script = lambda text, sample, seed: "a\n" if "\n" not in text else f"{seed}\n"  # noqa: E731
     _, pool, _ = search(script, beams=2, max_steps=2, merge_duplicates=False)
     assert len({request.seed for request in pool.requests}) == len(pool.requests) == 2 + 4
+
+
+@pytest.mark.parametrize("kind", ["newline", "newline_sentence", "response"])
+def test_the_first_stop_string_of_a_text_ends_its_first_step(kind):
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choices("ab.$ \n", k=rng.randrange(1, 12)))
+        ends = [text.find(stop) + len(stop) for stop in stop_strings(kind) if stop in text]
+        assert split_steps(text, kind)[0] == text[: min(ends, default=len(text))]
 
 
 @pytest.mark.parametrize("kind", ["newline", "newline_sentence", "gsm8k", "sentence", "fixed:4", "math", "react"])

@@ -16,13 +16,14 @@ from openrl_reason.evaluation.intervals import IntervalConfig
 from openrl_reason.evaluation.recording import RecordingPool
 from openrl_reason.evaluation.sets import SetDefaults, prepare_sets
 from openrl_reason.rewards.base import RewardResult
-from openrl_reason.search.command import _compare, _metrics, _search, plan, search_model
+from openrl_reason.search.command import _check_tokenizer, _compare, _metrics, _search, plan, search_model
 from openrl_reason.search.config import SearchConfig
 from openrl_reason.search.results import Grader
 from openrl_reason.search.run import SearchRun, nearest
 from openrl_reason.search.serving import BatchedValuer
 from openrl_reason.tasks.base import Task, TaskConfig
 from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
+from tests.evaluation.conftest import Characters
 from tests.search.scripted import END, TOKENIZER, ScriptedPool, text_of
 from tests.search.test_beam import hashed
 
@@ -300,3 +301,18 @@ def test_answers_by_vote_and_by_value_may_differ():
         _, pairs, _ = searched(pool, values, method="best_of_n", samples=(3,), answer=rule, greedy=False, num_items=1)
         by_rule[rule] = pairs[0][0].answers[0].result.parsed
     assert by_rule == {"value": "9", "vote": "2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"step_kind": "math"}, True), ({"step_kind": "newline"}, False), ({"step_kind": "newline", "step_tokens": 5}, True),
+     ({"method": "best_of_n", "aggregate": "mean"}, True), ({"method": "best_of_n", "step_kind": "math"}, False), ({"method": "majority"}, False)],
+)  # fmt: skip
+def test_steps_that_no_tokenizer_maps_onto_tokens_are_refused(settings, refused):
+    config = SearchConfig(**settings)
+    _check_tokenizer(config, config.step_kind or "newline", TOKENIZER)
+    if refused:
+        with pytest.raises(ConfigError, match="--step_kind is .*does not say which token wrote what"):
+            _check_tokenizer(config, config.step_kind or "newline", Characters())
+    else:
+        _check_tokenizer(config, config.step_kind or "newline", Characters())
