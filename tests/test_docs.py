@@ -171,6 +171,7 @@ def config_classes() -> list[type]:
     from openrl_reason.algorithms.restem import RestEMConfig
     from openrl_reason.algorithms.sft import SFTConfig
     from openrl_reason.algorithms.vineppo import VinePPOConfig
+    from openrl_reason.data.inspect_data import InspectDataConfig
     from openrl_reason.evaluation.analyze_policy import AnalyzePolicyConfig
     from openrl_reason.evaluation.analyze_values import AnalyzeValuesConfig
     from openrl_reason.evaluation.compare import CompareConfig
@@ -181,7 +182,8 @@ def config_classes() -> list[type]:
     from openrl_reason.search.config import SearchConfig
 
     training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, KTOConfig, OREOConfig, CollectConfig]
-    return [*training, EvaluateConfig, SearchConfig, AnalyzeValuesConfig, AnalyzePolicyConfig, CompareConfig, ExportConfig, MakeModelConfig, ReportConfig]
+    studies = [EvaluateConfig, SearchConfig, AnalyzeValuesConfig, AnalyzePolicyConfig, CompareConfig]
+    return [*training, *studies, InspectDataConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
 
 def assert_some_command_takes(settings: dict) -> None:
