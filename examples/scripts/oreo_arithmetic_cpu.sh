@@ -15,8 +15,12 @@ output="${1:-runs/oreo_arithmetic}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 seeds="${SEEDS:-0 1 2}"
 methods="${METHODS:-rejection dpo kto oreo-token oreo-step oreo-response}"
-task=(--task.name arithmetic --task.styles '[columns]' --task.levels '[1]' --task.direct_share 0.6 --task.num_train 6500 --task.num_test 200)
-engines=(--rollout.num_engines 2 --rollout.dtype float32 --rollout.max_model_len 96 --rollout.kv_cache_gib 0.1 --sampling.max_new_tokens 40)
+task=(
+    --task.name arithmetic --task.styles '[columns]' --task.levels '[1]' --task.direct_share 0.6 --task.num_train 6500 --task.num_test 200
+)
+engines=(
+    --rollout.num_engines 2 --rollout.dtype float32 --rollout.max_model_len 96 --rollout.kv_cache_gib 0.1 --sampling.max_new_tokens 40
+)
 start="$output/sft/model"
 responses="$output/collect/trajectories"
 mkdir -p "$output"
