@@ -7,6 +7,7 @@ import subprocess
 from tests.e2e.conftest import ENV, command, run
 
 
+@pytest.mark.slow
 def test_weights_kl_and_gradients_of_a_trained_policy(sft_run, tiny_model, tmp_path):
     reward = tmp_path / "parity.py"  # a model that solves nothing earns something all the same
     reward.write_text("def reward_func(responses, **kwargs):\n    return [float(len(response) % 2) for response in responses]\n")

@@ -28,6 +28,7 @@ def words(policy, critic, output, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_beams_are_searched_and_greedy_steps_are_greedy_decoding(sft_run, critic, tmp_path):
     sampled, greedy = tmp_path / "sampled.json", tmp_path / "greedy.json"
     printed = run(*words(sft_run / "model", critic, sampled, "--beams", "[2]")).stdout
