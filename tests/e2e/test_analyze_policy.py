@@ -4,6 +4,8 @@ import csv
 import json
 import subprocess
 
+import pytest
+
 from tests.e2e.conftest import ENV, command, run
 
 
