@@ -62,8 +62,8 @@ def inspect_data(config: InspectDataConfig) -> TokenStore:
         )
     for row in _chosen_rows(store, config):
         trajectory = store.trajectory(row)
-        console.print(f"\n{_heading(store, row, trajectory)}", markup=False)
-        console.print(marked_text(trajectory, tokenizer))
+        console.print(f"\n{_heading(store, row, trajectory)}", markup=False, soft_wrap=True)
+        console.print(marked_text(trajectory, tokenizer), soft_wrap=True)
     return store
 
 

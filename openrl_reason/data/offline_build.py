@@ -148,19 +148,24 @@ def _described(counts: Counter[str]) -> str:
 
 def _layouts(sources: list[Source], config: OfflineDataConfig) -> list[Layout]:
     """Of each source. Raises DataError, naming two files and their columns, where a folder mixes layouts or the whole mixes kinds."""
-    found = []
+    layouts: list[Layout] = []
+    seen: dict[str, tuple[str, list[str], Layout]] = {}
     for source in sources:
         row = first_row(source, config.split)
-        found.append((source, list(map(str, row.values)), detect_layout(list(row.values), config, source.path)))
-    for source, columns, layout in found:
-        for other, other_columns, other_layout in found[: found.index((source, columns, layout))]:
-            same_folder = source.folder and source.folder == other.folder
-            if layout.kind != other_layout.kind or (same_folder and layout != other_layout):
-                raise DataError(
-                    f"{other.path} and {source.path} do not belong together: the one has the columns {', '.join(other_columns)}"
-                    f" ({other_layout.format}), the other {', '.join(columns)} ({layout.format})"
-                )
-    return [layout for _, _, layout in found]
+        here = source.path, list(map(str, row.values)), detect_layout(list(row.values), config, source.path)
+        layouts.append(here[2])
+        _check_same(seen.setdefault("", here), here, what=lambda layout: layout.kind)
+        if source.folder:
+            _check_same(seen.setdefault(source.folder, here), here, what=lambda layout: layout)
+    return layouts
+
+
+def _check_same(first: tuple[str, list[str], Layout], other: tuple[str, list[str], Layout], *, what: Callable[[Layout], Any]) -> None:
+    if what(first[2]) != what(other[2]):
+        raise DataError(
+            f"{first[0]} and {other[0]} do not belong together: the one has the columns {', '.join(first[1])} ({first[2].format}), the other"
+            f" {', '.join(other[1])} ({other[2].format})"
+        )
 
 
 # ---- what a store depends on -------------------------------------------------------------------------------------------------------------

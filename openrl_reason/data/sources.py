@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openrl_reason.data.readers import SUFFIXES, WHOLE, Part, is_saved_folder, iter_rows, load_hub, load_saved
+from openrl_reason.data.readers import SUFFIXES, WHOLE, Part, Row, is_saved_folder, iter_rows, load_hub, load_saved
 from openrl_reason.errors import DataError
 
 FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".csv")
@@ -48,9 +49,29 @@ def expand(paths: Sequence[str]) -> list[Source]:
 def first_row(source: Source, split: str) -> Any:
     """The first record that reads, which tells a source's format. Raises DataError if there is none."""
     errors: list[DataError] = []
+    if source.path.endswith(".json") and (values := _first_entry(Path(source.path))) is not None:
+        return Row(f"{source.path}, row 0", values)
     for row in iter_rows(source.path, split=split, on_bad=errors.append):
         return row
     raise errors[0] if errors else DataError(f"{source.path} has no rows")
+
+
+def _first_entry(path: Path) -> dict[str, Any] | None:
+    """The first object of a JSON list, without reading the list; None where it is something else."""
+    size = 1 << 20
+    while True:
+        with path.open("rb") as stream:
+            data = stream.read(size)
+        text = data.decode("utf-8-sig", errors="ignore").lstrip()
+        start = len(text) - len(text[1:].lstrip()) if text.startswith("[") else -1
+        if start < 0 or not text.startswith("{", start):
+            return None
+        try:
+            return json.JSONDecoder().raw_decode(text, start)[0]
+        except (ValueError, RecursionError):
+            if len(data) < size:  # all of the file: reading it as it should be tells what is wrong
+                return None
+        size *= 8
 
 
 def source_identity(source: Source, split: str) -> list[Any]:

@@ -352,6 +352,24 @@ def test_parts_make_up_the_source(suffix, part_bytes, tmp_path, monkeypatch):
     assert len(parts) > 3 or part_bytes == 10_000
 
 
+def test_the_first_entry_of_a_json_list_is_read_without_the_list(tmp_path):
+    from openrl_reason.data.sources import Source, _first_entry, first_row
+
+    path = tmp_path / "list.json"
+    long = {"conversations": [{"role": "user", "content": "é" * (1 << 20)}], "reward": 1}
+    for text, expected in (
+        (json.dumps([{"a": 1}, {"b": 2}]), {"a": 1}), ("\ufeff [\n  {\"a\": 1}", {"a": 1}), (json.dumps([long] * 2, ensure_ascii=False), long),
+        ("[]", None), ("[1]", None), ('{"a": 1}', None), ('[{"a": 1', None), ('[{"a" 1}]', None),
+    ):  # fmt: skip
+        path.write_text(text, encoding="utf-8")
+        assert _first_entry(path) == expected
+    path.write_text(json.dumps([{"a": 1}, {"b": 2}]))
+    assert first_row(Source(str(path)), "train").values == {"a": 1}
+    path.write_text('[{"a": 1')
+    with pytest.raises(DataError, match=r"list\.json:1: malformed JSON"):
+        first_row(Source(str(path)), "train")
+
+
 # ---- which rows a step sees --------------------------------------------------------------------------------------------------------------
 
 
