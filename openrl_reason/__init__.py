@@ -30,6 +30,8 @@ _PUBLIC = {
     "OREOTrainer": "algorithms.oreo",
     "CollectConfig": "algorithms.collection",
     "collect_samples": "algorithms.collection",
+    "IterateConfig": "algorithms.iterate",
+    "iterate": "algorithms.iterate",
     "EvaluateConfig": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate",
     "SearchConfig": "search.config",

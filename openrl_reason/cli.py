@@ -70,6 +70,12 @@ def _oreo(argv: Sequence[str], prog: str) -> None:
     OREOTrainer(parse_config(OREOConfig, argv, prog=prog)).fit()
 
 
+def _iterate(argv: Sequence[str], prog: str) -> None:
+    from openrl_reason.algorithms.iterate import IterateConfig, iterate
+
+    iterate(parse_config(IterateConfig, argv, prog=prog))
+
+
 def _evaluate(argv: Sequence[str], prog: str) -> None:
     from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 
@@ -141,6 +147,7 @@ class Command:
 
 _GOES_ON = " With --output, the same command goes on from the samples it has."
 _BLOCKS = " The same command goes on from the blocks of samples it has."
+_STAGES = " The same command goes on from the last finished stage, and within a stage from what that had done."
 _RESUMES = " The last complete checkpoint is intact; --run.resume continues from it."
 
 COMMANDS = {
@@ -154,6 +161,7 @@ COMMANDS = {
     "kto": Command(_kto, "KTO on single responses, desirable or undesirable by their reward or label", _RESUMES),
     "oreo": Command(_oreo, "OREO: a policy and a critic learn from rewarded responses, by tokens, steps or whole responses", _RESUMES),
     "collect": Command(_collect, "rewarded samples of a model to training questions, as offline data: all, balanced, or right ones alone", _BLOCKS),
+    "iterate": Command(_iterate, "rounds of collecting samples, training on them (rejection sampling, dpo, kto, oreo) and evaluating", _STAGES),
     "inspect-data": Command(_inspect_data, "what offline training would see: counts, lengths, and examples with the policy's tokens marked"),
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "search": Command(_search, "decoding guided by a critic (beams over steps, best-of-N) against plain samples of as many tokens", _GOES_ON),

@@ -164,6 +164,7 @@ def check_python(text: str) -> None:
 def config_classes() -> list[type]:
     from openrl_reason.algorithms.collection import CollectConfig
     from openrl_reason.algorithms.dpo import DPOConfig
+    from openrl_reason.algorithms.iterate import IterateConfig
     from openrl_reason.algorithms.kto import KTOConfig
     from openrl_reason.algorithms.oreo import OREOConfig
     from openrl_reason.algorithms.ppo import PPOConfig
@@ -181,7 +182,7 @@ def config_classes() -> list[type]:
     from openrl_reason.observe.report import ReportConfig
     from openrl_reason.search.config import SearchConfig
 
-    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, KTOConfig, OREOConfig, CollectConfig]
+    training = [ReinforceConfig, PPOConfig, VinePPOConfig, SFTConfig, RestEMConfig, DPOConfig, KTOConfig, OREOConfig, CollectConfig, IterateConfig]
     studies = [EvaluateConfig, SearchConfig, AnalyzeValuesConfig, AnalyzePolicyConfig, CompareConfig]
     return [*training, *studies, InspectDataConfig, ExportConfig, MakeModelConfig, ReportConfig]
 
@@ -301,16 +302,17 @@ def test_a_job_script_starts_a_cluster_with_a_token_and_submits_commands_that_ex
     ("command", "files"),
     [
         ("ppo", ["vineppo_base", "ppo_gsm8k"]), ("vineppo", ["vineppo_base", "vineppo_gsm8k"]), ("vineppo", ["vineppo_base", "vineppo_math"]),
-        ("ppo", ["arithmetic_cpu"]), ("vineppo", ["arithmetic_cpu"]),
+        ("ppo", ["arithmetic_cpu"]), ("vineppo", ["arithmetic_cpu"]), ("iterate", ["iterate_arithmetic_cpu"]),
     ],
 )  # fmt: skip
 def test_the_settings_files_of_the_examples_are_read_by_their_commands(command, files):
+    from openrl_reason.algorithms.iterate import IterateConfig
     from openrl_reason.algorithms.ppo import PPOConfig
     from openrl_reason.algorithms.vineppo import VinePPOConfig
 
     paths = [ROOT / "examples/configs" / f"{name}.yaml" for name in files]
     words = [word for path in paths for word in ("--config", str(path))]
-    config = parse_config({"ppo": PPOConfig, "vineppo": VinePPOConfig}[command], words, prog=command)
+    config = parse_config({"ppo": PPOConfig, "vineppo": VinePPOConfig, "iterate": IterateConfig}[command], words, prog=command)
     if len(files) > 1:  # what both published methods share, after both files
         assert (config.prompts_per_step, config.samples_per_prompt, config.algo.epochs, config.algo.minibatches) == (64, 8, 2, 8)
         assert config.algo.kl.coef == 1e-4 and config.policy.lr == 1e-6 and config.reward.truncated == 0
