@@ -49,7 +49,7 @@ def expand(paths: Sequence[str]) -> list[Source]:
 def first_row(source: Source, split: str) -> Any:
     """The first record that reads, which tells a source's format. Raises DataError if there is none."""
     errors: list[DataError] = []
-    if source.path.endswith(".json") and (values := _first_entry(Path(source.path))) is not None:
+    if source.path.endswith(".json") and Path(source.path).is_file() and (values := _first_entry(Path(source.path))) is not None:
         return Row(f"{source.path}, row 0", values)
     for row in iter_rows(source.path, split=split, on_bad=errors.append):
         return row
