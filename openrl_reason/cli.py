@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 inte
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -166,7 +167,9 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "accuracy of a model on held-out items, with intervals", _GOES_ON),
     "search": Command(_search, "decoding guided by a critic (beams over steps, best-of-N) against plain samples of as many tokens", _GOES_ON),
     "analyze-values": Command(_analyze_values, "how accurate critics and Monte-Carlo values of states between steps are, against many rollouts"),
-    "analyze-policy": Command(_analyze_policy, "what training has changed: distance of the weights, KL to the reference, noise of the policy gradient"),
+    "analyze-policy": Command(
+        _analyze_policy, "what training has changed: distance of the weights, KL to the reference, noise of the policy gradient"
+    ),
     "report": Command(_report, "one HTML page of a run, or of several: curves, alarms, trajectories to read; opens without a network"),
     "compare": Command(_compare, "paired comparison of two results of evaluate: compare A.json B.json"),
     "export": Command(_export, "turn a checkpoint into a Hugging Face folder"),
@@ -199,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     prepare_environment()
+    gc.set_threshold(100_000, 20, 20)  # a command imports half a million objects that all stay: looking for garbage among them is a quarter of it
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         COMMANDS[name].run(words[1:], f"openrl-reason {name}")

@@ -147,6 +147,16 @@ def test_variables_of_the_user_win_over_the_defaults(monkeypatch):
         environment.device_kind()
 
 
+def test_what_is_imported_to_stay_is_never_searched_for_garbage():
+    code = (
+        "import gc; from openrl_reason.environment import lasting_imports\n"
+        "with lasting_imports():\n    import json, email.message\n    assert not gc.isenabled()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert printed.split() == ["True"] * 3
+
+
 def test_the_command_is_installed_with_the_package():
     command = Path(sysconfig.get_path("scripts")) / "openrl-reason"
     if not command.exists() or not (ROOT / "openrl_reason" / "cli.py").exists():

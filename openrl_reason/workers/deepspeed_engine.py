@@ -7,6 +7,7 @@ bit-exact; gradients accumulate in float32.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -40,7 +41,17 @@ def import_deepspeed() -> Any:
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     # Shared-memory collectives would be compiled at first use; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon(deepspeed.runtime.compiler)
     return deepspeed
+
+
+def _import_muon(compiler: Any) -> None:
+    """An optimiser that every engine imports and none here uses: wrapping its functions for compilation would load torch's whole compiler."""
+    compile_functions, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_functions
 
 
 def init_process_group(

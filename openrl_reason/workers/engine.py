@@ -15,10 +15,11 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from openrl_reason.core.trajectory import StopReason
-from openrl_reason.environment import prepare_environment, require
+from openrl_reason.environment import device_kind, lasting_imports, prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.workers.network import node_address
 from openrl_reason.workers.prefix_reuse import HeldRequests, attach
@@ -38,8 +39,7 @@ class RolloutEngine:
 
     def __init__(self, config: RolloutConfig, model_path: str, *, version: int = 0, seed: int = 0) -> None:
         self.config, self.model_path = config, str(model_path)
-        self._prepare_process()
-        vllm = require("vllm", "to generate rollouts")
+        vllm = import_vllm(config, self.model_path)
         self._on_cpu = require("vllm.platforms").current_platform.is_cpu()
         if self._on_cpu:  # torch may have been imported before the variable was set; more threads round differently from batch to batch
             require("torch").set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -53,12 +53,6 @@ class RolloutEngine:
         self._version: int | None = version
         self._relay = SharedMemorySender(config.dtype)
         self.seconds_busy = 0.0
-
-    def _prepare_process(self) -> None:
-        prepare_environment()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if Path(self.model_path).is_dir():
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     def _engine_args(self, seed: int) -> dict[str, Any]:
         config = self.config
@@ -257,6 +251,8 @@ class EngineActor:
     def start(self, config: RolloutConfig, model_path: str, version: int, seed: int) -> None:
         """Makes the engine. Not in ``__init__``, so that what goes wrong arrives as itself and not as a dead actor."""
         node_address()  # in a private cluster the engine keeps to the loopback interface, too
+        with lasting_imports():
+            import_vllm(config, model_path)
         self._engine = RolloutEngine(config, model_path, version=version, seed=seed)
 
     def describe(self) -> dict[str, Any]:
@@ -330,6 +326,20 @@ def refresh_tied_heads(model: Any, loaded: Iterable[str]) -> None:
         if head.weight.data_ptr() not in addresses:
             raise WorkerError(f"the output head {name} was neither in the weight update nor tied to an embedding: it would be stale")
         head.quant_method.process_weights_after_loading(head)
+
+
+def import_vllm(config: RolloutConfig, model_path: str) -> ModuleType:
+    """vllm, with what an engine is made of, and with the environment that it reads at import."""
+    prepare_environment()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if Path(model_path).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if config.enforce_eager and device_kind() == "cpu":
+        # Its sampler would compile a helper all the same, with g++, in the first request for log-probabilities.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    vllm = require("vllm", "to generate rollouts")
+    assert vllm.EngineArgs and vllm.LLMEngine  # imported when they are first asked for
+    return vllm
 
 
 def read_eos_ids(model_path: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from openrl_reason.core.batch import TokenBatch, unsplit_tokens
 from openrl_reason.core.partition import plan_micro_batches
+from openrl_reason.environment import lasting_imports
 from openrl_reason.errors import OpenRLError, WorkerError
 from openrl_reason.workers.model_config import ModelConfig
 from openrl_reason.workers.network import listening_store, node_address
@@ -60,8 +62,12 @@ class _ModelActor:
     def start(self, config: ModelConfig, environment: dict[str, str], rank_0: dict[str, Any], **kwargs: Any) -> None:
         os.environ.update(environment)
         os.environ["OMP_NUM_THREADS"] = str(config.threads_per_rank)
-        from openrl_reason.workers.model_worker import ModelWorker
+        with lasting_imports():
+            from openrl_reason.workers.deepspeed_engine import import_deepspeed
+            from openrl_reason.workers.model_worker import ModelWorker
 
+            import_deepspeed()
+            importlib.import_module("transformers.models.auto.modeling_auto")
         rendezvous = {"master_addr": rank_0["address"], "master_port": rank_0["port"], "store": self.store}
         self.worker = ModelWorker(config, **rendezvous, **kwargs)
 

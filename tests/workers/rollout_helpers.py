@@ -1,6 +1,7 @@
 """Shared by the rollout tests: a tiny model that says varied things, and an engine in a process of its own."""
 
 import multiprocessing
+import os
 import random
 import traceback
 from pathlib import Path
@@ -82,6 +83,7 @@ class EngineProcess:
 def _serve(pipe, config, model_path):
     from openrl_reason.workers.engine import RolloutEngine
 
+    os.environ["CXX"] = "/no/compiler/is/needed"
     engine = RolloutEngine(config, model_path)
     while True:
         name, args, kwargs = pipe.recv()

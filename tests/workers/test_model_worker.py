@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.workers.deepspeed_engine import import_deepspeed
 from openrl_reason.workers.model_config import LoraConfig, ModelConfig, TrainedModelConfig
 from openrl_reason.workers.model_worker import ModelWorker
 from tests.helpers_models import first_moments, full_weights, random_batch, relative_difference, supervised_loss, write_tiny_model
@@ -159,6 +160,15 @@ def test_offload_and_checkpointing_leave_the_training_as_it_was_and_compile_noth
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert relative_difference(full_weights(changed), full_weights(plain)) < 1e-5
+
+
+def test_deepspeed_s_unused_optimiser_does_not_load_torch_s_compiler():
+    import_deepspeed()
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon import original_muon
+
+    assert not hasattr(original_muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")
+    assert compiler.compile.__module__ == compiler.__name__, "DeepSpeed's own, for whoever wants it"
 
 
 def test_weight_decay_spares_norms_and_biases(path):
