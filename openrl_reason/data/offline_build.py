@@ -47,9 +47,9 @@ class Job:
 
     config: OfflineDataConfig
     tokenizer_path: str
-    trust_remote_code: bool
     folder: str
     parts: tuple[tuple[Source, Layout, Part], ...]
+    trust_remote_code: bool = False
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Writes the shards of part ``number``; ``{"shards", "counts", "error"}``. A mistake in the data is a result, so that the first one in the
@@ -103,7 +103,7 @@ def build_store(
     folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with atomic_folder(folder) as temporary:
-        job = Job(config, tokenizer_path, trust_remote_code, str(temporary), parts)
+        job = Job(config, tokenizer_path, str(temporary), parts, trust_remote_code)
         shards, counts = _run(job, sum(map(source_bytes, sources)), say)
         if not shards:
             raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)})")

@@ -104,9 +104,10 @@ def finish_store(folder: Path, shards: Sequence[dict[str, Any]], counts: Mapping
                     file.append(np.full(shard["rows"], number, dtype))
                     continue
                 part = folder / "shards" / shard["name"] / f"index-{name}.npy"
-                file.append(np.load(part))
+                with part.open("rb") as stream:
+                    file.append(np.lib.format.read_array(stream, allow_pickle=False))
                 part.unlink()
-    index = {name: np.load(folder / "index" / f"{name}.npy", mmap_mode="r") for name in INDEX}
+    index = {name: np.lib.format.open_memmap(folder / "index" / f"{name}.npy", mode="r") for name in INDEX}
     manifest = {
         "token_store": VERSION, "kind": kind, "num_rows": num_rows, "identity": _identity(index), "key": key,
         "statistics": statistics(index, counts, kind), "shards": list(shards),

@@ -64,7 +64,7 @@ class TokenStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.kind, self.identity, self.statistics = manifest["kind"], manifest["identity"], manifest["statistics"]
-        index = {name: np.asarray(np.load(folder / "index" / f"{name}.npy", mmap_mode="r")) for name in INDEX}
+        index = {name: np.asarray(np.lib.format.open_memmap(folder / "index" / f"{name}.npy", mode="r")) for name in INDEX}
         self._index = index
         self.lengths, self.prompt_lengths, self.rewards = index["tokens"], index["prompt_tokens"], index["reward"]
         self.has_reward, self.labels, self.questions = index["has_reward"], index["label"], index["question"]

@@ -14,6 +14,7 @@ from openrl_reason.rewards.calling import BoundFunction, Caller
 from openrl_reason.rewards.config import RewardConfig, RewardServerConfig
 from openrl_reason.rewards.functions import function_rewards
 from openrl_reason.rewards.server import ServerRewards
+from openrl_reason.rewards.shaping import ShapedRewardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -44,7 +45,7 @@ def test_every_setting_of_the_page_is_accepted(tmp_path):
         assert len(parse_config(RewardConfig, ["--config", str(tmp_path / "reward.yaml")], prog="test").terms) == 4
     named = set(re.findall(r"--reward\.([\w.]+)", PAGE))
     for name in named - {"remote_url"}:
-        owner = RewardServerConfig if name.startswith("server.") else RewardConfig
+        owner = RewardServerConfig if name.startswith("server.") else ShapedRewardConfig
         assert name.removeprefix("server.") in owner.__dataclass_fields__, name
 
 
