@@ -58,10 +58,11 @@ _IN_FORMULA = tuple(re.compile(pattern) for pattern in (r",\$", r",\\\)", r",\\\
 def math_cuts(text: str) -> list[int]:
     """Positions in ``text`` at which a step begins, ascending, without 0; none where there is one step."""
     spans = formula_spans(text)
-    edges = _merge(_prose_edges(text, spans), _is_fragment(text, spans))
+    shadow = _blacked_out(text, spans)
+    edges = _merge(_prose_edges(shadow), _is_fragment(text, spans))
     ends = {end for start, end in spans if text.endswith(_FORMULA_ENDS_SENTENCE, start, end)}
     edges = _merge(sorted({*edges, *ends}), lambda start, end: end - start < SHORT and not text.endswith(_FORMULA_ENDS_SENTENCE, start, end))
-    lines = {match.start() for start, end in spans for match in _LINE_FEED.finditer(text, start, end)}
+    lines = {match.start() for match in _LINE_FEED.finditer(text) if shadow[match.start()] == _HIDDEN} if spans else ()
     edges = _merge(sorted({*edges, *lines}), lambda start, end: end - start < 3 or _is_opening(text, start, end))
     broken = {start + cut for start, end in zip(edges, edges[1:], strict=False) if end - start > LONG for cut in _long_step_cuts(text[start:end])}
     return _join_blanks(text, sorted({*edges, *broken}))
@@ -76,7 +77,8 @@ def formula_spans(text: str) -> list[Span]:
     shadow = _hide(shadow, found, _dollar_spans(shadow))
     _hide(shadow, found, _environment_spans(shadow))
     outermost: list[Span] = []
-    for start, end in sorted(found, key=lambda span: (span[0], -span[1])):
+    found.sort()  # no two begin at one place: a span's first character is hidden from the stages after it
+    for start, end in found:
         if not outermost or start >= outermost[-1][1]:
             outermost.append((start, end))
     return outermost
@@ -110,15 +112,11 @@ def _spans_between(text: str, opening: str, closing: str) -> list[Span]:
 
 
 def _dollar_spans(text: str) -> list[Span]:
-    closes = [match.start() for match in _DOLLAR_CLOSES.finditer(text)]
     spans: list[Span] = []
-    for match in _DOLLAR_OPENS.finditer(text):
-        if spans and match.start() < spans[-1][1]:
-            continue
-        close = bisect_left(closes, match.start() + 2)  # something stands between
-        if close == len(closes):
-            break
-        spans.append((match.start(), closes[close] + 1))
+    opening = _DOLLAR_OPENS.search(text)
+    while opening and (closing := _DOLLAR_CLOSES.search(text, opening.start() + 2)):  # something stands between
+        spans.append((opening.start(), closing.end()))
+        opening = _DOLLAR_OPENS.search(text, closing.end())
     return spans
 
 
@@ -137,11 +135,10 @@ def _environment_spans(text: str) -> list[Span]:
     return spans
 
 
-def _prose_edges(text: str, spans: Sequence[Span]) -> list[int]:
-    shadow = _blacked_out(text, spans)
+def _prose_edges(shadow: str) -> list[int]:
     ends = {match.end() for match in _SENTENCE_ENDS.finditer(shadow)}
     lines = {match.start() for match in _LINE_FEED.finditer(shadow)}
-    return sorted({0, len(text), *ends, *lines})
+    return sorted({0, len(shadow), *ends, *lines})
 
 
 def _is_fragment(text: str, spans: Sequence[Span]) -> Callable[[int, int], bool]:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from openrl_reason.tasks.graders import GRADERS, as_result, load_grader
-from tests.timing import cpu_seconds, one_pass
+from tests.timing import passes
 
 KINDS = ("math", "math_lenient", "math_parity", "gsm8k_parity", "gsm8k", "choice4", "text", "yes_no")
 GOLDS = {
@@ -51,9 +51,9 @@ def test_hostile_text_costs_little_and_earns_nothing(kind):
     grader("\\boxed{5}", GOLDS.get(kind, ["5"])[0])
     for body in HOSTILE:
         for text in (f"\\boxed{{{body}}}", f"#### {body}", f"the answer is {body}"):
-            bound, gold = 5 * one_pass(), GOLDS.get(kind, ["41"])[0]
-            assert cpu_seconds(lambda text=text, gold=gold: grader(text, gold), enough=bound) < bound, (kind, text[:60])
-            result = as_result(grader(text, gold))
+            gold, results = GOLDS.get(kind, ["41"])[0], []
+            assert passes(lambda text=text, gold=gold, results=results: results.append(grader(text, gold)), bound=5) < 5, (kind, text[:60])
+            result = as_result(results[-1])
             assert result.status in ("ok", "no_answer") and result.score == 0.0, (kind, text[:60])
             assert len(result.parsed or "") <= 2100
 
@@ -70,7 +70,7 @@ def test_a_hostile_gold_answer_is_bounded_too(kind):
             except ValueError as error:
                 assert "gold" in str(error)
 
-        assert cpu_seconds(grade_two, enough=10 * one_pass()) < 10 * one_pass(), body[:60]
+        assert passes(grade_two, bound=10) < 10, body[:60]
 
 
 def test_every_built_in_kind_loads_and_takes_a_surrogate():

@@ -5,7 +5,7 @@ import pytest
 
 from openrl_reason.tasks.grade_math import grade_math
 from openrl_reason.tasks.grade_parity import extract, grade_gsm8k_parity, grade_math_parity, math_equal
-from tests.timing import cpu_seconds, one_pass
+from tests.timing import passes
 
 GSM8K = [
     ("so #### 18", "18", True), ("#### 1,234", "1234", True), ("#### 0.18", "18", True), ("#### 1800", "18", True),
@@ -39,7 +39,7 @@ def test_the_golden_cases_of_math(text, gold, right):
 
 @pytest.mark.parametrize(("answer", "gold", "right"), EQUAL)
 def test_the_golden_cases_of_math_equal(answer, gold, right):
-    assert cpu_seconds(lambda: math_equal(answer, gold), enough=5 * one_pass()) < 5 * one_pass()
+    assert passes(lambda: math_equal(answer, gold), bound=5) < 5
     assert math_equal(answer, gold) is right
 
 
