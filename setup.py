@@ -42,7 +42,7 @@ EXTRAS = {
     "cpu": ["deepspeed==0.19.8"],
     # flash-attn is built against an installed torch: `pip install --no-build-isolation`, torch first. Not run where this was written.
     "gpu": ["deepspeed==0.19.8", "flash-attn==2.8.3.post2", "vllm==0.32.0"],
-    "dev": ["pytest==9.2.0", "pytest-timeout==2.4.0", "ruff==0.17.5"],
+    "dev": ["pytest==9.2.0", "pytest-timeout==2.4.0", "pytest-xdist==3.8.0", "ruff==0.17.5"],
     "tensorboard": ["tensorboard==2.21.0"],
     "wandb": ["wandb==0.31.0"],
     "alfworld": ["alfworld==0.4.2"],  # text games only; parts of it are GPL, two of its packages compile with cmake and g++

@@ -45,10 +45,8 @@ def comparable(folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    run("make-model", "--output", folder, *TINY)
-    return folder
+def tiny_model(made_once):
+    return made_once("tiny", lambda folder: run("make-model", "--output", folder, *TINY))
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +56,6 @@ def sft_words(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def sft_run(sft_words, tmp_path_factory):
+def sft_run(sft_words, made_once):
     """A straight SFT run of 6 steps; its model is the start of the RL tests."""
-    folder = tmp_path_factory.mktemp("runs") / "sft"
-    run(*sft_words, "--run.output_dir", folder)
-    return folder
+    return made_once("sft", lambda folder: run(*sft_words, "--run.output_dir", folder))

@@ -1,7 +1,6 @@
 """Judges: what counts as an answer, what the judged text cannot do, and the real engine against Hugging Face's forward."""
 
 import math
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from openrl_reason.rewards.judge_engines import Job, JudgeEngines
 from openrl_reason.rewards.judge_prompt import DoesNotFit, PromptEncoder
 from openrl_reason.tasks.base import TaskItem
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, SamplingConfig
+from tests.clusters import local_ray
 
 SMOL = Path("/opt/dev/smollm2-135m")
 
@@ -503,15 +503,10 @@ class Placement:
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     pytest.importorskip("vllm")
-    if ray.is_initialized():
+    with local_ray():
         yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=folder)
-        yield
-        ray.shutdown()
 
 
 def hf_expected_score(model, tokenizer, reward, one):

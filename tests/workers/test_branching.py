@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from openrl_reason.errors import ConfigError
 from openrl_reason.workers.branching import BranchCall, Prefix, branch
 from openrl_reason.workers.rollout_config import Request, SamplingConfig
 from tests.algorithms.toy_chain import Chain, ToyPool
+from tests.clusters import local_ray
 
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, stop=("zzz",), max_new_tokens=99)
 
@@ -150,21 +150,16 @@ def test_the_whole_call_in_one_loop():
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     pytest.importorskip("vllm")
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     from openrl_reason.workers.rollout import RolloutPool
 
     class Placement:
         def actor_options(self, role, index):
             return {"num_cpus": 0.1}
 
-    folder, started = make_tiny(tmp_path_factory.mktemp("models") / "tiny"), not ray.is_initialized()
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:
-        if started:
-            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=temporary)
-        with RolloutPool(replace(CONFIG, num_engines=2), folder, placement=Placement()) as made:
-            yield made
-        if started:
-            ray.shutdown()
+    folder = make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    with local_ray(), RolloutPool(replace(CONFIG, num_engines=2), folder, placement=Placement()) as made:
+        yield made
 
 
 def prefixes_of(trajectories, budget):

@@ -1,11 +1,10 @@
 """The grader pool inside of Ray actors: an async one keeps answering while its answers wait, and a killed one leaves no process."""
 
-import os
-import tempfile
 import time
 
 import pytest
 
+from tests.clusters import local_ray
 from tests.processes import alive
 
 ray = pytest.importorskip("ray")
@@ -15,16 +14,8 @@ SLOW = "import time\ndef grade(text, gold):\n    time.sleep(0.05)\n    return fl
 
 @pytest.fixture(scope="module")
 def cluster():
-    if ray.is_initialized():
+    with local_ray():
         yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=folder,
-            object_store_memory=200 << 20, runtime_env={"env_vars": {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}},
-        )  # fmt: skip
-        yield
-        ray.shutdown()
 
 
 def grading_actor():

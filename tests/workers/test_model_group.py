@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 import time
 
 import pytest
@@ -12,6 +11,7 @@ from openrl_reason.errors import CheckpointError, ConfigError, DataError, Worker
 from openrl_reason.workers.model_config import ModelConfig, TrainedModelConfig
 from openrl_reason.workers.model_group import ModelGroup
 from openrl_reason.workers.model_worker import ModelWorker
+from tests.clusters import local_ray
 from tests.helpers_models import endless_loss, failing_on_rank_1, random_batch, supervised_loss, write_tiny_model
 
 LENGTHS = [5, 17, 30, 3, 9, 40, 12]
@@ -24,17 +24,8 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray_session():
-    import ray
-
-    # Ray's sockets live in its folder, and their paths may not be long.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        root = os.getcwd()
-        ray.init(
-            num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=200 << 20,
-            runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
-        )  # fmt: skip
+    with local_ray(num_cpus=4) as ray:
         yield ray
-        ray.shutdown()
 
 
 def settings(path, **changes):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from rollout_helpers import CONFIG, hf_greedy, make_requests, make_tiny, perturb
 from openrl_reason.errors import ConfigError, WorkerError
 from openrl_reason.workers.rollout import RolloutPool
 from openrl_reason.workers.rollout_config import Request, SamplingConfig
+from tests.clusters import local_ray
 
 pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")
@@ -41,13 +41,8 @@ class Publisher:
 
 @pytest.fixture(scope="module")
 def cluster():
-    if ray.is_initialized():
+    with local_ray():
         yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=folder)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
