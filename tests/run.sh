@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The test command: sets up the virtual environment (a second when it is there), then runs ruff and pytest in it.
 #
-#   bash tests/run.sh                                  all tests but those marked slow, in two processes
+#   bash tests/run.sh                                  all tests but those marked slow
+#   bash tests/run.sh -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder      the same in two processes
 #   bash tests/run.sh -m slow                          the slow ones
 #   bash tests/run.sh tests/test_packaging.py -x       any arguments go to pytest as they are
 #
@@ -20,8 +21,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 PYTHO
 export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 WANDB_MODE=offline
 if [ "$(cat "$venv/.openrl-device")" = cpu ]; then export DS_ACCELERATOR=cpu; fi
 
-# Two files at a time: much of a whole run is one process waiting for another to start.
-if [ $# -eq 0 ]; then set -- -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder; fi
+if [ $# -eq 0 ]; then set -- -m "not slow"; fi
 
 status=0
 ruff check . || status=$?
