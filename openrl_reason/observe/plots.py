@@ -10,10 +10,7 @@ from openrl_reason.observe.run_log import read_records
 
 def plot_curves(metrics_path: Path, png_path: Path, *, train: Sequence[str], title: str) -> None:
     """Draws every ``eval/*/pass@1`` (and ``eval/*/loss``) in one panel, then each metric of ``train`` that was logged in a panel of its own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot would take as long again to import
 
     records = read_records(metrics_path)
     steps = [record for record in records if record["event"] == "train"]
@@ -25,7 +22,8 @@ def plot_curves(metrics_path: Path, png_path: Path, *, train: Sequence[str], tit
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         is_eval = panel is eval_names
         for name in panel:
@@ -42,4 +40,3 @@ def plot_curves(metrics_path: Path, png_path: Path, *, train: Sequence[str], tit
         axis.set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(png_path, dpi=130)
-    pyplot.close(figure)
