@@ -161,7 +161,7 @@ def main() -> None:
             f" of the bare passes ({row['wall_ratio']:.3f} of the wall time; bar {bar})"
         )
     settings = {"sequences": SEQUENCES, "tokens": bare_batch.num_tokens, "vocabulary": VOCABULARY, **vars(arguments)}
-    write("oreo", settings=settings, rows=rows)
+    write("oreo", settings, rows)
 
 
 if __name__ == "__main__":

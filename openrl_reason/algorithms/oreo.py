@@ -6,9 +6,10 @@ from rewarded responses that somebody else may have written: no rollout engine. 
 
 1. the reference's log-probs (and hidden states, for the exact KL) come from disk, or from a group of ranks;
 2. both losses see policy and critic as they are before this step. The critic's residual needs the policy's log-probs, the policy's the
-   critic's values; either is free where its model runs forward for its own update anyway, so one extra forward is enough: the critic's,
-   which has no vocabulary to go through. Where policy and critic have ranks of their own, both are asked first, and update side by side;
-3. the policy's update: residual loss + coefficient x KL to the reference; the critic's update: residual loss.
+   critic's values. Where they share devices, both come from the forward passes of the updates themselves, a micro-batch at a time: the
+   critic runs forward and waits, the policy runs forward and backward, the critic backward. Where policy and critic have ranks of their
+   own, both are asked first, and update side by side;
+3. the policy's loss: residual + coefficient x KL to the reference; the critic's: residual. Each takes one optimiser step.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from openrl_reason.algorithms.oreo_losses import (
 from openrl_reason.algorithms.trainer import Callback, Trainer
 from openrl_reason.atomic import write_json
 from openrl_reason.config import require
-from openrl_reason.core.batch import TokenBatch
+from openrl_reason.core.batch import TokenBatch, unsplit_tokens
 from openrl_reason.core.kl import DualKL, FixedKL
 from openrl_reason.core.losses import oreo_policy_loss, oreo_value_loss
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
@@ -76,8 +77,8 @@ class OREOTrainer(Trainer):
         self.kl = DualKL(kl.coef, kl.target, kl.target_lr) if kl.target else FixedKL(kl.coef)
         direction = "forward" if kl.kind == "forward" else "reverse"
         self.reference = OfflineReference(config.reference, config.policy, exact=algo.exact_kl, direction=direction)
-        # Dropout in the update would make its log-probs others than those that the critic is to learn from.
-        self._needs_own_forward = bool(algo.ema_decay) or config.policy.lora.dropout > 0
+        # Dropout in an update would make its log-probs and values others than those that the other model is to learn from.
+        self._needs_own_forward = bool(algo.ema_decay) or config.policy.lora.dropout > 0 or config.critic.lora.dropout > 0
 
     # ---- the step ------------------------------------------------------------------------------------------------------------------------
 
@@ -106,35 +107,51 @@ class OREOTrainer(Trainer):
         frozen = self.config.algo.critic_only or self.done < self._frozen_steps
         metrics: dict[str, float] = {}
         if not frozen and not self._needs_own_forward and self.config.placement.colocate:
-            values = self.critic.values(batch)
-            metrics, logprobs = self.update_policy(batch, values)
-            return metrics | self.update_critic(batch, logprobs), logprobs, values
+            return self.update_both(batch)
         pending = self.policy.logprobs_async(batch), self.critic.values_async(batch)
         logprobs, values = pending[0].result()["logprobs"], pending[1].result()["values"]
         target = self.policy.logprobs(batch, average=True)["logprobs"] if self.config.algo.ema_decay else logprobs
         if frozen:
             return self.update_critic(batch, target) | {"train/policy_frozen": 1.0}, logprobs, values
         if self.config.placement.colocate:
-            return self.update_policy(batch, values)[0] | self.update_critic(batch, target), logprobs, values
+            return self.update_policy(batch, values) | self.update_critic(batch, target), logprobs, values
         with ThreadPoolExecutor(1) as thread:
             critic = thread.submit(self.update_critic, batch, target)
-            metrics = self.update_policy(batch, values)[0]
+            metrics = self.update_policy(batch, values)
             return metrics | critic.result(), logprobs, values
 
-    def update_policy(self, batch: TokenBatch, values: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-        """One optimiser step of the policy against ``values`` [N]; returns metrics, and the log-probs [N] from before it."""
+    def update_both(self, batch: TokenBatch) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+        """``update`` without a forward pass beyond those of the two updates: critic forward, policy forward and backward, critic backward, for
+        one micro-batch of every rank at a time, and then both optimiser steps."""
+        algo, started = self.config.algo, time.perf_counter()
+        policy_loss, value_loss = OREOPolicyLoss(algo, self.kl.coefficient), OREOValueLoss(algo)
+        denominators = oreo_denominators(batch, algo.average, algo.level)
+        rounds, logprobs, values = self.critic.rounds(batch), [], []
+        for number, (places, units) in enumerate(rounds, 1):
+            part, last = batch.select(places), number == len(rounds)
+            values.append(self.critic.values(part, units=units, for_update=True))
+            with_values = part.with_tokens(values=values[-1])
+            found, kept = self.policy.update_keeping(with_values, policy_loss, denominators, with_entropy=True, keep=("logprobs",), last=last)
+            logprobs.append(kept["logprobs"])
+            bare = part.without_tokens("ref_hidden").with_tokens(logprobs=logprobs[-1])
+            critic_found, _ = self.critic.update_keeping(bare, value_loss, denominators, units=units, last=last)
+        metrics = update_metrics([found]) | _of_critic(update_metrics([critic_found])) | {"timing/update": time.perf_counter() - started}
+        order = [places for places, _ in rounds]
+        return metrics, unsplit_tokens(logprobs, order, batch), unsplit_tokens(values, order, batch)
+
+    def update_policy(self, batch: TokenBatch, values: torch.Tensor) -> dict[str, float]:
+        """One optimiser step of the policy against ``values`` [N]."""
         started, algo = time.perf_counter(), self.config.algo
         loss, denominators = OREOPolicyLoss(algo, self.kl.coefficient), oreo_denominators(batch, algo.average, algo.level)
-        found, kept = self.policy.update_keeping(batch.with_tokens(values=values), loss, denominators, with_entropy=True, keep=("logprobs",))
-        return update_metrics([found]) | {"timing/update": time.perf_counter() - started}, kept["logprobs"]
+        found = self.policy.update(batch.with_tokens(values=values), loss, denominators, with_entropy=True)
+        return update_metrics([found]) | {"timing/update": time.perf_counter() - started}
 
     def update_critic(self, batch: TokenBatch, logprobs: torch.Tensor) -> dict[str, float]:
         """One optimiser step of the critic against the policy's ``logprobs`` [N]."""
         started, algo = time.perf_counter(), self.config.algo
         bare = batch.without_tokens("ref_hidden").with_tokens(logprobs=logprobs)
         metrics = update_metrics([self.critic.update(bare, OREOValueLoss(algo), oreo_denominators(batch, algo.average, algo.level))])
-        metrics["timing/update"] = time.perf_counter() - started
-        return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
+        return _of_critic(metrics | {"timing/update": time.perf_counter() - started})
 
     def evaluate(self) -> dict[str, float]:
         """Losses and diagnostics of policy and critic as they are, on held-out rows."""
@@ -273,6 +290,11 @@ class OREOTrainer(Trainer):
     def load_workers(self, folder: Path) -> None:
         self.policy.load_state(folder / "policy")
         self.critic.load_state(folder / "critic")
+
+
+def _of_critic(metrics: Mapping[str, float]) -> dict[str, float]:
+    """An update's metrics under the critic's names."""
+    return {name.replace("train/", "critic/").replace("timing/", "timing/critic_"): value for name, value in metrics.items()}
 
 
 __all__ = ["OREOAlgoConfig", "OREOConfig", "OREOKLConfig", "OREOTrainer", "OfflineReferenceConfig"]

@@ -173,9 +173,12 @@ class ModelGroup:
         """The same, started now and waited for later: a reference model can score while others still generate."""
         return self._score("logprobs", batch, temperature, with_entropy, **options)
 
-    def values(self, batch: TokenBatch) -> Tensor:
-        """float32 [N] of a scalar model: the value of the state before each token, 0.0 at a sequence's first."""
-        return self.values_async(batch).result()["values"]
+    def values(self, batch: TokenBatch, *, for_update: bool = False, units: Sequence[int] | None = None) -> Tensor:
+        """float32 [N] of a scalar model: the value of the state before each token, 0.0 at a sequence's first.
+
+        ``for_update``: the next call is ``update`` with the same batch and ``units``, and goes on from this forward pass (see ``rounds``).
+        """
+        return self._score("values", batch, units=units, **({"for_update": True} if for_update else {})).result()["values"]
 
     def values_async(self, batch: TokenBatch) -> PendingTokens:
         """The same, started now: ``result()["values"]``. A critic can look at finished trajectories while others still generate."""
@@ -185,10 +188,10 @@ class ModelGroup:
         """float32 [N] of a scalar model: the score of everything up to and with each token (rewards of responses, steps and prefixes)."""
         return self._score("values", batch, shifted=False).result()["values"]
 
-    def _score(self, method: str, batch: TokenBatch, *args: Any, **kwargs: Any) -> PendingTokens:
+    def _score(self, method: str, batch: TokenBatch, *args: Any, units: Sequence[int] | None = None, **kwargs: Any) -> PendingTokens:
         # Scoring needs the tokens alone; nothing else travels.
         bare = TokenBatch(batch.token_ids, batch.cu_seqlens, batch.action_mask, batch.step_ids, batch.behaviour_logprobs)
-        plan = self._plan(bare)
+        plan = self._plan(bare, units)
         refs = [
             actor.call.remote(method, bare.split(rank_plan), *args, **kwargs)
             for actor, rank_plan in zip(self._alive(), plan, strict=True)
@@ -221,17 +224,31 @@ class ModelGroup:
         keep: Sequence[str] = (),
         *,
         units: Sequence[int] | None = None,
+        last: bool = True,
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """``update``, and the tensors [N] of ``ModelOutput`` that ``keep`` names, as the weights before the step had them."""
+        """``update``, and the tensors [N] of ``ModelOutput`` that ``keep`` names, as the weights before the step had them.
+
+        ``last=False``: more of the same batch follows in another call (``denominators`` are the whole batch's all along). The gradient is
+        kept, no step is taken, and there are no metrics yet.
+        """
         plan = self._plan(batch, units)
         refs = [
-            actor.call.remote("update_keeping", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy, keep)
+            actor.call.remote("update_keeping", batch.split(rank_plan), loss_fn, denominators, temperature, with_entropy, keep, last)
             for actor, rank_plan in zip(self._alive(), plan, strict=True)
         ]
         results = self._gather(refs, "update")
         pieces = [piece for _, kept in results for piece in kept]
         index_lists = [indices for rank_plan in plan for indices in rank_plan]
         return results[0][0], {name: unsplit_tokens([piece[name] for piece in pieces], index_lists, batch) for name in keep}
+
+    def rounds(self, batch: TokenBatch) -> list[tuple[list[int], list[int]]]:
+        """The batch in parts of one micro-batch for each rank: (sequences, their ``units`` for ``values`` and ``update_keeping``).
+
+        For two models that need one another's forward pass before either can run backward: round by round, each holds the activations
+        of one micro-batch, and no forward pass is taken twice.
+        """
+        turns = [[micro for micro in turn if micro] for turn in zip(*self._plan(batch), strict=True)]
+        return [([index for micro in turn for index in micro], [len(micro) for micro in turn]) for turn in turns]
 
     def gradient_sketch(
         self,

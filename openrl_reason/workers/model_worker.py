@@ -63,6 +63,8 @@ class ModelWorker:
         if self.trained and not isinstance(config, TrainedModelConfig):
             raise ConfigError(f"the {role} model is to be trained, so its config must be a TrainedModelConfig, not {type(config).__name__}")
         self._parked: ParkedMemory | None = None
+        self._held: list[ModelOutput] = []
+        self._metrics, self._seconds = _MetricSum(), 0.0  # of the optimiser step under way
         self.average: WeightAverage | None = None
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
@@ -132,9 +134,21 @@ class ModelWorker:
                 results.append({name: tensor.cpu() for name, tensor in found.items()})
         return results
 
-    def values(self, micro_batches: Sequence[TokenBatch], *, shifted: bool = True) -> list[dict[str, Tensor]]:
-        """Per micro-batch, on the CPU: ``{"values": float32 [N]}`` of a scalar model at every token, see ``ScalarModel.forward``."""
+    def values(self, micro_batches: Sequence[TokenBatch], *, shifted: bool = True, for_update: bool = False) -> list[dict[str, Tensor]]:
+        """Per micro-batch, on the CPU: ``{"values": float32 [N]}`` of a scalar model at every token, see ``ScalarModel.forward``.
+
+        ``for_update``: the call after this one is ``update`` with the same micro-batches. It goes on from this forward pass, whose activations
+        stay until then, instead of taking one of its own.
+        """
         assert isinstance(self.model, ScalarModel), f"the {self.role} model has no scalar head"
+        if for_update:
+            assert shifted and self.engine is not None and not self._held
+            start = time.perf_counter()
+            self.engine.train()
+            self._held = [self._outputs(batch.to(self.device), 1.0, False) for batch in micro_batches]
+            found = [{"values": outputs.values.detach().cpu()} for outputs in self._held]
+            self._seconds += time.perf_counter() - start
+            return found
         forward = self.engine or self.model
         forward.eval()
         with torch.no_grad():
@@ -165,26 +179,36 @@ class ModelWorker:
         temperature: float = 1.0,
         with_entropy: bool = False,
         keep: Sequence[str] = (),
+        last: bool = True,
     ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-        """``update``, and of each micro-batch the tensors of ``ModelOutput`` that ``keep`` names: what the weights before the step said."""
+        """``update``, and of each micro-batch the tensors of ``ModelOutput`` that ``keep`` names: what the weights before the step said.
+
+        ``last=False``: more micro-batches follow in another call. The gradient is kept, and there are no metrics yet.
+        """
         assert self.trained and self.engine is not None, f"the {self.role} model was started without total_steps: it can only be run"
-        start = time.perf_counter()
-        metrics, kept = _MetricSum(), []
+        assert len(self._held) in (0, len(micro_batches)), "values(for_update=True) saw other micro-batches"
+        start, held, kept = time.perf_counter(), self._held, []
+        self._held = []
         self.engine.train()
         for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self.engine.set_gradient_accumulation_boundary(last and index == len(micro_batches) - 1)
             batch = batch.to(self.device)
-            outputs = self._outputs(batch, temperature, with_entropy)
+            outputs = held.pop(0) if held else self._outputs(batch, temperature, with_entropy)
             loss, loss_metrics = loss_fn(outputs, batch, denominators)
             if not loss.requires_grad:  # a micro-batch without actions must still run its backward: other ranks wait in it
                 loss = loss + 0.0 * (outputs.logprobs if outputs.values is None else outputs.values).sum()
             # DeepSpeed averages over ranks, but the denominator is already the global batch's.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-            metrics.add(loss_metrics)
+            self._metrics.add(loss_metrics)
             kept.append({name: getattr(outputs, name).detach().cpu() for name in keep})
         middle = time.perf_counter()
+        self._seconds += middle - start
+        if not last:
+            return {}, kept
+        metrics, seconds = self._metrics, self._seconds
+        self._metrics, self._seconds = _MetricSum(), 0.0
         optimizer_metrics = self._optimizer_step()
-        metrics.add({"seconds/forward_backward/max": middle - start, "seconds/optimizer/max": time.perf_counter() - middle})
+        metrics.add({"seconds/forward_backward/max": seconds, "seconds/optimizer/max": time.perf_counter() - middle})
         reduced = metrics.reduce(self.world_size)
         for name in ("seconds/forward_backward", "seconds/optimizer"):
             reduced[name] = reduced.pop(f"{name}/max")

@@ -131,8 +131,16 @@ class LocalGroup:
         found = self.logprobs(*args, **options)
         return SimpleNamespace(result=lambda: found)
 
-    def values(self, batch):
-        return self.worker.values([batch])[0]["values"]
+    def values(self, batch, units=None, **options):
+        return self.worker.values([batch], **options)[0]["values"]
+
+    def rounds(self, batch):
+        return [(cut, [len(cut)]) for cut in self.cuts(batch)]
+
+    def cuts(self, batch):
+        places = list(range(batch.num_sequences))
+        cuts = [places[first : first + self.cut] for first in range(0, len(places), self.cut)] if self.cut else [places]
+        return [[place for place in reversed(cut)] for cut in cuts]
 
     def values_async(self, batch):
         found = {"values": self.values(batch)}
@@ -141,11 +149,9 @@ class LocalGroup:
     def update(self, *args, **options):
         return self.update_keeping(*args, **options)[0]
 
-    def update_keeping(self, batch, loss_fn, denominators, temperature=1.0, with_entropy=False, keep=()):
-        places = list(range(batch.num_sequences))
-        cuts = [places[first : first + self.cut] for first in range(0, len(places), self.cut)] if self.cut else [places]
-        cuts = [[place for place in reversed(cut)] for cut in cuts]
-        metrics, kept = self.worker.update_keeping(batch.split(cuts), loss_fn, denominators, temperature, with_entropy, keep)
+    def update_keeping(self, batch, loss_fn, denominators, temperature=1.0, with_entropy=False, keep=(), units=None, last=True):
+        cuts = self.cuts(batch) if units is None else [list(range(batch.num_sequences))]
+        metrics, kept = self.worker.update_keeping(batch.split(cuts), loss_fn, denominators, temperature, with_entropy, keep, last)
         return metrics, {name: unsplit_tokens([piece[name] for piece in kept], cuts, batch) for name in keep}
 
 
