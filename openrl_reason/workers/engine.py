@@ -26,6 +26,9 @@ from openrl_reason.workers.prefix_reuse import HeldRequests, attach
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
 from openrl_reason.workers.weight_sync import Manifest, SharedMemorySender, host_identity, received_tensors
 
+RETURN_SECONDS = 0.02
+"""A pump that has something to tell ends after this time: long enough for its call to cost little."""
+
 
 class RolloutEngine:
     """A vLLM engine in this process.
@@ -106,7 +109,8 @@ class RolloutEngine:
         return len(self._unfinished)
 
     def pump(self, new_requests: Sequence[Request] = (), max_seconds: float = 0.1) -> list[Completion]:
-        """Adds requests and steps the engine for about ``max_seconds``, or until nothing is left to do.
+        """Adds requests and steps the engine for about ``max_seconds``, or until nothing is left to do, or, after ``RETURN_SECONDS``, until
+        something has finished: whoever waits for it may have the next request ready (a search, a branch of what has finished).
 
         Returns:
             what finished meanwhile.
@@ -137,7 +141,8 @@ class RolloutEngine:
             if self._held:
                 self._held.release(self._add)
             completions += [self._completion(output) for output in self._engine.step()]
-            if time.perf_counter() - started >= max_seconds:
+            elapsed = time.perf_counter() - started
+            if elapsed >= max_seconds or (completions and elapsed >= RETURN_SECONDS):
                 break
         self.seconds_busy += time.perf_counter() - started
         return completions

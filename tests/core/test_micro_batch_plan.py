@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from openrl_reason.core.partition import plan_micro_batches
+from openrl_reason.workers.model_config import ModelConfig
+from openrl_reason.workers.model_group import ModelGroup
+from tests.helpers_models import random_batch
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -18,6 +21,22 @@ def test_every_plan_is_complete_within_the_limit_and_equal_in_number(seed):
         for indices in micro_batches:
             assert len(indices) <= 1 or sum(lengths[index] for index in indices) <= max_tokens
     assert plan == plan_micro_batches(list(lengths), num_ranks, max_tokens)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_round_of_a_group_is_one_micro_batch_for_each_rank(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 600, rng.integers(1, 60)).tolist()
+    batch = random_batch(lengths)
+    config = ModelConfig(path="", num_ranks=int(rng.integers(1, 6)), tokens_per_micro_batch=int(rng.integers(1, 1500)))
+    group = ModelGroup(config, "critic", [None] * config.num_ranks, 1.0)
+    rounds = group.rounds(batch)
+    assert sorted(place for places, _ in rounds for place in places) == list(range(len(lengths)))
+    for places, units in rounds:
+        plan = group._plan(batch.select(places), units)
+        assert {len(micro_batches) for micro_batches in plan} == {1}
+        for (indices,) in plan:
+            assert len(indices) <= 1 or sum(lengths[places[index]] for index in indices) <= config.tokens_per_micro_batch
 
 
 def test_ranks_carry_about_the_same_and_forwards_are_few():

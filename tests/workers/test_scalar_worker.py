@@ -75,6 +75,29 @@ def test_gradient_and_metrics_do_not_depend_on_how_the_batch_is_cut(path, stage)
             assert math.isclose(metrics[name], other_metrics[name], rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_step_in_several_calls_that_go_on_from_the_values_equals_one_call(path, stage):
+    batch, whole, parts = target_batch(), critic(path, zero_stage=stage), critic(path, zero_stage=stage)
+    expected, seen = step(whole, batch), values(critic(path, zero_stage=stage), batch)
+    denominators, cut = {"tokens": float(batch.num_actions)}, [[6, 2], [5], [0, 4, 1, 3]]
+    for number, part in enumerate(batch.split(cut), 1):
+        (found,) = parts.values([part], for_update=True)
+        torch.testing.assert_close(found["values"], seen[batch.token_index(torch.tensor(cut[number - 1]))], rtol=1e-5, atol=1e-6)
+        metrics, _ = parts.update_keeping([part], Loss(), denominators, last=number == len(cut))
+        assert bool(metrics) == (number == len(cut)) and parts.step == (number == len(cut))
+    assert (first_moments(parts) - first_moments(whole)).norm() <= 1e-6 * first_moments(whole).norm()
+    for name in ("critic/value_loss", "critic/value_clip_fraction", "grad_norm"):
+        assert math.isclose(metrics[name], expected[name], rel_tol=1e-6)
+    assert steady(step(parts, batch)).keys() == steady(expected).keys()  # the next step starts afresh
+
+
+def test_an_update_refuses_to_go_on_from_the_values_of_other_micro_batches(path):
+    worker, batch = critic(path), target_batch()
+    worker.values([batch], for_update=True)
+    with pytest.raises(AssertionError, match="other micro-batches"):
+        step(worker, batch, [[0, 1], [2, 3, 4, 5, 6]])
+
+
 def test_every_stage_equals_plain_pytorch_on_a_padded_batch(path):
     """Three steps against an independent loop: transformers' own model and attention, a padded batch, torch's AdamW."""
     from transformers import AutoModelForTokenClassification
