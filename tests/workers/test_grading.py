@@ -18,6 +18,8 @@ from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.grading import GraderPool, grade
 from tests.processes import alive, wait_until
 
+pytestmark = pytest.mark.alone
+
 HOSTILE = """
 import os, subprocess, sys, time
 

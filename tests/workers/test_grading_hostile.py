@@ -13,6 +13,8 @@ import pytest
 from openrl_reason.tasks.graders import GRADERS
 from openrl_reason.workers.grading import GraderPool
 
+pytestmark = pytest.mark.alone
+
 # The letters of choice2 to choice26 differ by their number alone: three of them stand for all.
 KINDS = [kind for kind in GRADERS if not kind.startswith("choice") or kind in ("choice2", "choice5", "choice26")]
 DEADLINE_S = 5.0

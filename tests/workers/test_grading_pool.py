@@ -12,6 +12,8 @@ from openrl_reason.tasks.graders import STATUSES
 from openrl_reason.workers.grading import GraderPool
 from tests.processes import wait_until
 
+pytestmark = pytest.mark.alone
+
 GRADER = """
 import time
 

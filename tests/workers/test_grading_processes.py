@@ -19,6 +19,8 @@ from openrl_reason.workers import grading
 from openrl_reason.workers.grading import GraderPool
 from tests.processes import wait_until
 
+pytestmark = pytest.mark.alone
+
 STRANGE = """
 import os, signal, subprocess, sys, time
 

@@ -7,6 +7,8 @@ import pytest
 from tests.clusters import local_ray
 from tests.processes import alive
 
+pytestmark = pytest.mark.alone
+
 ray = pytest.importorskip("ray")
 
 SLOW = "import time\ndef grade(text, gold):\n    time.sleep(0.05)\n    return float(text == gold)\n"
