@@ -77,6 +77,7 @@ def main() -> None:
                 ]
                 sampler = PoolSampler(pool, SamplingConfig(stop=reader.stop), (repeat, way))
                 before, calls, started = pool.stats(), dict(valuer.counts) if valuer else {}, time.perf_counter()
+                busy = valuer.seconds_busy if valuer else 0.0
                 run_searches(searches, sampler, valuer)
                 seconds, after = time.perf_counter() - started, pool.stats()
                 tokens = int(after["generated_tokens"] - before["generated_tokens"])
@@ -88,6 +89,7 @@ def main() -> None:
                         "engine busy": (after["seconds_busy_max"] - before["seconds_busy_max"]) / seconds,
                         "value calls": valuer.counts["calls"] - calls["calls"] if valuer else 0,
                         "states": valuer.counts["states"] - calls["states"] if valuer else 0,
+                        "critic busy": (valuer.seconds_busy - busy) / seconds if valuer else 0.0,
                     })  # fmt: skip
                 return tokens
 

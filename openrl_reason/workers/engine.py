@@ -169,7 +169,12 @@ class RolloutEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
+        own_id = self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
+        if params.detokenize:
+            # A request with stop strings is detokenised to find them, and vLLM then writes the text of each token beside its log-probability,
+            # too. Nobody reads that, and it takes longer than the search for stop strings.
+            self._engine.output_processor.request_states[own_id].logprobs_processor.tokenizer = None
+        return own_id
 
     def _completion(self, output: Any) -> Completion:
         request = self._unfinished.pop(output.request_id)
