@@ -43,12 +43,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few prompts, to see that it runs; nothing is written")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from openrl_reason.evaluation.value_estimators import scalar_values
     from openrl_reason.models.loading import load_tokenizer
     from openrl_reason.search import BatchedValuer, BeamSettings, PoolSampler, Problem, StepReader, beam_search, run_searches, sample_responses
     from openrl_reason.workers.model_config import ScalarModelConfig
     from openrl_reason.workers.model_group import ModelGroup
     from openrl_reason.workers.placement import Placement, PlacementConfig, Role
+    from openrl_reason.workers.prefix_values import PrefixValues
     from openrl_reason.workers.rollout import RolloutPool
     from openrl_reason.workers.rollout_config import RolloutConfig, SamplingConfig
 
@@ -66,7 +66,7 @@ def main() -> None:
         with (
             RolloutPool(config, policy, placement=placement) as pool,
             BatchedValuer(lambda states: np.array([hash(state) % 1009 for state in states])) as free,
-            BatchedValuer(scalar_values(group)) as served,
+            BatchedValuer(PrefixValues(group, 1 << 30)) as served,
         ):
 
             def run(way: str, repeat: int, num_samples: int) -> int:

@@ -8,13 +8,16 @@ Left out: transformers' own packed sdpa, which leaks across sequences when an al
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from openrl_reason.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from openrl_reason.models.prefix_scores import SegmentPasts
 
 PACKED = "openrl_packed"
 """Name under which the segment-looped attention is registered with transformers."""
@@ -68,6 +71,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     segment_lengths: list[int] | None = None,
+    segment_pasts: SegmentPasts | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -75,7 +79,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment. query [1, Hq, N, D], key and value [1, Hk, N, D] -> [1, N, Hq, D].
 
-    Without ``segment_lengths`` the row is one sequence. Raises ConfigError for score functions that sdpa cannot reproduce.
+    Without ``segment_lengths`` the row is one sequence. With ``segment_pasts`` each segment continues what went before.
+    Raises ConfigError for score functions that sdpa cannot reproduce.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -86,20 +91,22 @@ def packed_attention(
     lengths = [query.shape[2]] if segment_lengths is None else segment_lengths
     grouped = query.shape[1] != key.shape[1]
     pieces = []
-    for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True):
-        window = _window_mask(q, sliding_window)
+    splits = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    for segment, (q, k, v) in enumerate(splits):
+        if segment_pasts is not None:
+            k, v = segment_pasts.extend(module.layer_idx, segment, k, v)
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
         piece = scaled_dot_product_attention(
-            q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         pieces.append(piece.transpose(1, 2))
     return torch.cat(pieces, dim=1), None
 
 
-def _window_mask(query: Tensor, sliding_window: int | None) -> Tensor | None:
-    """bool [T, T] for a segment longer than the sliding window, else None (plain causal)."""
-    length = query.shape[2]
-    if sliding_window is None or length <= sliding_window:
+def _mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """bool [num_queries, num_keys] where the queries are the last of the keys' tokens, or the window is shorter; else None (plain causal)."""
+    if num_queries == num_keys and (sliding_window is None or num_keys <= sliding_window):
         return None
-    positions = torch.arange(length, device=query.device)
-    distance = positions[:, None] - positions[None, :]
-    return (distance >= 0) & (distance < sliding_window)
+    positions = torch.arange(num_keys, device=device)
+    distance = positions[num_keys - num_queries :, None] - positions[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys))

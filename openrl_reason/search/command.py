@@ -21,7 +21,6 @@ from openrl_reason.evaluation.metrics import as_json
 from openrl_reason.evaluation.recording import RecordingPool
 from openrl_reason.evaluation.sets import EvalSet, SetDefaults, prepare_sets
 from openrl_reason.evaluation.table import print_results, print_table
-from openrl_reason.evaluation.value_estimators import scalar_values
 from openrl_reason.rewards.task_reward import TaskReward
 from openrl_reason.search.config import SearchConfig
 from openrl_reason.search.results import Grader, SearchResult, search_rows
@@ -31,6 +30,7 @@ from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ScalarModelConfig
 from openrl_reason.workers.placement import Placement, Role
+from openrl_reason.workers.prefix_values import PrefixValues
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
@@ -159,7 +159,7 @@ def _start(
         settings = vars(config.scoring) | {"trust_remote_code": config.rollout.trust_remote_code}
         model = ScalarModelConfig(path=local_path(config.critic), **settings)
         group = ModelGroup.start(model, role="critic", placement=placement, seed=config.seed, timeout_s=model.timeout_s, wait=False)
-        valuer = BatchedValuer(scalar_values(group))
+        valuer = BatchedValuer(PrefixValues(group, round(config.value_cache_gib * 2**30)))
         stack.callback(valuer.close)
         stack.callback(group.close)  # before the valuer's thread, which may be waiting for it
     graders = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)

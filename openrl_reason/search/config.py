@@ -66,6 +66,9 @@ class SearchConfig:
     """Beam search: also sample plain responses until they have as many tokens, and take their most frequent answer."""
     greedy: bool = True
     """Also one greedy response to each item."""
+    value_cache_gib: float = 1.0
+    """Memory of each rank of the critic for keys and values of states that it valued, so that only new steps go through it. 0: none. Not with
+    flash_attention_2, where each state is read from its start: name --scoring.attention packed."""
     concurrent: int = 256
     """Items searched at the same time; 0: all."""
     split: str = "test"
@@ -103,6 +106,7 @@ class SearchConfig:
         _check_search(self)
         require(self.split in SPLITS, "split", self.split, "use train or test")
         require(self.num_items >= 0, "num_items", self.num_items, "use 0 for all items")
+        require(self.value_cache_gib >= 0, "value_cache_gib", self.value_cache_gib, "use 0 for none, or the GiB that the critic may have")
         require(self.concurrent >= 0, "concurrent", self.concurrent, "use 0 for all items, or a number of them")
         require(not self.ids_file or Path(self.ids_file).is_file(), "ids_file", self.ids_file, "there is no such file")
         require(self.grader_processes >= 1, "grader_processes", self.grader_processes, "at least 1")

@@ -188,6 +188,11 @@ class ModelGroup:
         """float32 [N] of a scalar model: the score of everything up to and with each token (rewards of responses, steps and prefixes)."""
         return self._score("values", batch, shifted=False).result()["values"]
 
+    def prefix_scores(self, prefixes: Sequence[Sequence[Sequence[int]]], max_bytes: int) -> list[list[float]]:
+        """Of a scalar model, after the last token of each of ``prefixes[rank]``; what each rank keeps of them makes continuing them cheap."""
+        refs = [actor.call.remote("prefix_scores", own, max_bytes) for actor, own in zip(self._alive(), prefixes, strict=True)]
+        return self._gather(refs, "prefix_scores")
+
     def _score(self, method: str, batch: TokenBatch, *args: Any, units: Sequence[int] | None = None, **kwargs: Any) -> PendingTokens:
         # Scoring needs the tokens alone; nothing else travels.
         bare = TokenBatch(batch.token_ids, batch.cu_seqlens, batch.action_mask, batch.step_ids, batch.behaviour_logprobs)

@@ -24,6 +24,7 @@ from openrl_reason.workers.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
+    from openrl_reason.models.prefix_scores import PrefixScorer
     from openrl_reason.workers.gradients import GradientSketch
 
 LossFunction = Callable[[ModelOutput, "TokenBatch", dict[str, float]], tuple[Tensor, dict[str, Any]]]
@@ -64,6 +65,7 @@ class ModelWorker:
             raise ConfigError(f"the {role} model is to be trained, so its config must be a TrainedModelConfig, not {type(config).__name__}")
         self._parked: ParkedMemory | None = None
         self._held: list[ModelOutput] = []
+        self._prefix_scorer: PrefixScorer | None = None
         self._metrics, self._seconds = _MetricSum(), 0.0  # of the optimiser step under way
         self.average: WeightAverage | None = None
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -153,6 +155,16 @@ class ModelWorker:
         forward.eval()
         with torch.no_grad():
             return [{"values": forward(b.token_ids.to(self.device), b.cu_seqlens.to(self.device), shifted).cpu()} for b in micro_batches]
+
+    def prefix_scores(self, prefixes: Sequence[Sequence[int]], max_bytes: int) -> list[float]:
+        """What a scalar model that is only run says after the last token of each prefix. Keys and values of up to ``max_bytes`` are kept for
+        prefixes that continue these (see ``PrefixScorer``)."""
+        from openrl_reason.models.prefix_scores import PrefixScorer
+
+        assert isinstance(self.model, ScalarModel) and self.engine is None, f"the {self.role} model is no scalar model that is only run"
+        if self._prefix_scorer is None:
+            self._prefix_scorer = PrefixScorer(self.model.eval(), max_bytes=max_bytes, max_tokens=self.config.tokens_per_micro_batch)
+        return self._prefix_scorer.scores(prefixes)
 
     def update(
         self,
@@ -330,6 +342,7 @@ class ModelWorker:
     def load_full_tensors(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrites the weights of a model that is only run (a reference refresh). Collective under ZeRO-3."""
         assert not self.trained, "a model in training keeps its master weights: resume it from a checkpoint instead"
+        self._prefix_scorer = None  # what it keeps was computed with other weights
         parameters = dict(self.model.model.named_parameters())
         missing = set(parameters)
         for name, tensor in named_tensors:
