@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Sequence
@@ -52,13 +53,24 @@ def split_words(config_class: type, argv: Sequence[str]) -> tuple[list[str], lis
     return alone, flags
 
 
-def _spell_out_switches(argv: Sequence[str], flags: dict[str, type]) -> list[str]:
-    """``--resume`` alone means ``--resume true``: jsonargparse wants the value, fingers do not."""
+def _spell_out(argv: Sequence[str], flags: dict[str, type]) -> list[str]:
+    """Words as jsonargparse wants them: ``--resume`` alone means ``--resume true``, and words after a flag that takes a list of words are its
+    entries, as in ``--data.path one.jsonl two.jsonl``."""
     spelled: list[str] = []
-    for position, word in enumerate(argv):
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, joined, value = word.removeprefix("--").partition("=")
+        kind = flags.get(name) if word.startswith("--") else None
+        if kind == tuple[str, ...]:
+            values = [value] if joined else []
+            while not joined and words and not words[0].startswith("--"):
+                values.append(words.pop(0))
+            is_list = bool(values) and (values[0].lstrip().startswith("[") or values in ([""], ["null"]))
+            spelled += [f"--{name}", *(values if is_list or not values else [json.dumps(values)])]
+            continue
         spelled.append(word)
-        is_last = position + 1 == len(argv) or argv[position + 1].startswith("--")
-        if is_last and word.startswith("--") and flags.get(word[2:]) is bool:
+        if kind is bool and not joined and (not words or words[0].startswith("--")):
             spelled.append("true")
     return spelled
 
@@ -134,7 +146,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str) 
         _check_config_file(file)
     parsed = None
     try:
-        parsed = parser.parse_args(_spell_out_switches(argv, flags))
+        parsed = parser.parse_args(_spell_out(argv, flags))
         config = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(_explain(str(error), flags)) from None

@@ -137,7 +137,7 @@ def test_a_file_that_holds_no_settings_is_named(content, expected, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--ids", "a"], r"^--ids: Expected a list such as '\[\"1\", \"2\"\]'. Got value: a$"),
+        (["--ids", "[a"], r"^--ids: Expected a list such as '\[\"1\", \"2\"\]'. Got value: \[a$"),
         (["--ids", "[1]"], r"^--ids: Expected a str. Got value: 1; entries that look like numbers need quotes"),
         (["--sets", "[1]"], r"^--sets: Expected a list such as '\[\{\"name\": ...\}\]'. Got entry: 1$"),
         (["--sets", '[{"temperature": "hot"}]'], "^--sets: temperature: Expected a float or null. Got value: hot$"),
@@ -147,6 +147,20 @@ def test_a_file_that_holds_no_settings_is_named(content, expected, tmp_path):
 def test_values_of_the_wrong_type_are_told_in_plain_words(words, expected):
     with pytest.raises(ConfigError, match=expected):
         parse_config(EvaluateConfig, words, prog="test")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--ids", "a"], ("a",)),
+        (["--ids=a"], ("a",)),
+        (["--ids", "a", "7", "b c", "--overwrite"], ("a", "7", "b c")),
+        (["--ids", '["a", "b"]'], ("a", "b")),
+        (["--ids", "[]"], ()),
+    ],
+)
+def test_a_list_of_words_is_given_as_words_or_as_a_list(words, expected):
+    assert parse_config(EvaluateConfig, words, prog="test").ids == expected
 
 
 def test_a_key_that_is_set_twice_in_a_file_is_refused_with_both_lines(tmp_path):
