@@ -52,6 +52,7 @@ class RolloutEngine:
         reuse = attach(self._engine) if config.prefix_caching and self._reuses_parts else None
         self._held = HeldRequests(reuse.is_computed) if reuse else None
         self._vocab_size = self._engine.model_config.get_vocab_size()
+        self._tokens_of_stops: dict[tuple[str, ...], dict[int, str]] = {}
         self._unfinished: dict[str, Request] = {}
         self._version: int | None = version
         self._relay = SharedMemorySender(config.dtype)
@@ -154,16 +155,19 @@ class RolloutEngine:
         from vllm.sampling_params import RequestOutputKind
 
         sampling = request.sampling
+        # A request with stop strings is detokenised token by token, unless single tokens say where they are.
+        tokens = self._stop_tokens(sampling.stop)
+        texts = () if tokens is not None else sampling.stop
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=request.seed,
             max_tokens=sampling.max_new_tokens,
-            stop=list(sampling.stop) or None,
-            stop_token_ids=self._eos_ids,
+            stop=list(texts) or None,
+            stop_token_ids=[*self._eos_ids, *(tokens or ())],
             include_stop_str_in_output=True,
-            detokenize=bool(sampling.stop),
+            detokenize=bool(texts),
             logprobs=None if request.label_ids else 0,  # 0: of the sampled token alone; labels come beside it, by the next line
             logprob_token_ids=list(request.label_ids) or None,
             flat_logprobs=True,
@@ -171,10 +175,20 @@ class RolloutEngine:
         )
         own_id = self._engine.add_request(request.request_id, tokens_input(list(request.prompt_ids)), params)
         if params.detokenize:
-            # A request with stop strings is detokenised to find them, and vLLM then writes the text of each token beside its log-probability,
-            # too. Nobody reads that, and it takes longer than the search for stop strings.
+            # vLLM then writes the text of each token beside its log-probability, too. Nobody reads that, and it takes longer than all else.
             self._engine.output_processor.request_states[own_id].logprobs_processor.tokenizer = None
         return own_id
+
+    def _stop_tokens(self, stop: tuple[str, ...]) -> dict[int, str] | None:
+        """The tokens in which a stop string is, with the first one of ``stop`` that is; None where one may lie across several tokens."""
+        if not stop or any(len(text) != 1 or not text.isascii() or text == " " for text in stop):
+            return None
+        if stop not in self._tokens_of_stops:
+            tokenizer = self._engine.get_tokenizer()
+            texts = tokenizer.batch_decode([[token] for token in range(self._vocab_size)], skip_special_tokens=True)
+            found = {token: next((one for one in stop if one in text), None) for token, text in enumerate(texts)}
+            self._tokens_of_stops[stop] = {token: one for token, one in found.items() if one is not None and token not in self._eos_ids}
+        return self._tokens_of_stops[stop]
 
     def _completion(self, output: Any) -> Completion:
         request = self._unfinished.pop(output.request_id)
@@ -188,6 +202,8 @@ class RolloutEngine:
             reason, stop_string = StopReason.LENGTH, None
         elif sample.finish_reason == "stop" and isinstance(sample.stop_reason, str):
             reason, stop_string = StopReason.STOP_STRING, sample.stop_reason
+        elif sample.finish_reason == "stop" and sample.stop_reason in (found := self._stop_tokens(request.sampling.stop) or {}):
+            reason, stop_string = StopReason.STOP_STRING, found[sample.stop_reason]
         elif sample.finish_reason == "stop":
             reason, stop_string = StopReason.EOS, None
         else:

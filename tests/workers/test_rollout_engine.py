@@ -236,3 +236,25 @@ def test_a_bfloat16_engine_takes_bfloat16_updates(folders):
         assert difference.mean() < 0.1
     finally:
         engine.stop()
+
+
+def test_one_character_is_found_by_its_tokens_and_ends_what_detokenising_ends(engine, folders):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[True])
+    requests = make_requests(12, max_new_tokens=60)
+    free = engine.generate(requests)
+    texts = {token: tokenizer.decode([token], skip_special_tokens=True) for one in free.values() for token in one.token_ids}
+    stop = ("e", next(text for text in texts.values() if len(text) == 1 and text.isascii() and text not in ("e", " ")))
+    ended = 0
+    for way in (stop, (*stop, "never this")):  # with a string of several characters every token is detokenised
+        for request, found in ((one, engine.generate([replace(one, sampling=replace(one.sampling, stop=way))])[one.request_id]) for one in requests):
+            whole = free[request.request_id]
+            end = next((place for place, token in enumerate(whole.token_ids) if any(one in texts[token] for one in stop)), None)
+            assert found.token_ids == (whole.token_ids if end is None else whole.token_ids[: end + 1])
+            if end is not None:
+                ended += 1
+                assert (found.stop_reason, found.stop_string) == (StopReason.STOP_STRING, next(s for s in stop if s in texts[whole.token_ids[end]]))
+            else:
+                assert (found.stop_reason, found.stop_string) == (whole.stop_reason, None)
+    assert ended >= 4
