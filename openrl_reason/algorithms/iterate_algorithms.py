@@ -66,14 +66,19 @@ def _rejection(group: Any, config: Any, inputs: RoundInputs) -> Any:
 
 
 def _dpo(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    pairs = replace(group.pairs, threshold=config.collect.threshold)
-    return replace(group, data=replace(group.data, path=inputs.data), pairs=pairs, reference_path=_other_than_policy(inputs))
+    data = replace(group.data, path=inputs.data)
+    pairs = replace(group.pairs, threshold=_mapped_threshold(config, data))
+    return replace(group, data=data, pairs=pairs, reference_path=_other_than_policy(inputs))
+
+
+def _mapped_threshold(config: Any, data: Any) -> float:
+    """``collect.threshold`` among the rewards as the loader maps them."""
+    return config.collect.threshold * data.reward_scale + data.reward_shift
 
 
 def _kto(group: Any, config: Any, inputs: RoundInputs) -> Any:
     data = replace(group.data, path=inputs.data)
-    threshold = config.collect.threshold * data.reward_scale + data.reward_shift
-    return replace(group, data=data, label_threshold=threshold, reference_path=_other_than_policy(inputs))
+    return replace(group, data=data, label_threshold=_mapped_threshold(config, data), reference_path=_other_than_policy(inputs))
 
 
 def _oreo(group: Any, config: Any, inputs: RoundInputs) -> Any:

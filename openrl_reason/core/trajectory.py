@@ -213,6 +213,10 @@ def _vector(values, dtype, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be one-dimensional, its shape is {array.shape}")
     if dtype == np.int32 and array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must hold integers, not {array.dtype}")
+    if dtype == np.int32 and array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+        raise ValueError(f"{name} holds {int(max(array, key=abs))}, beyond 32 bits")
+    if dtype == np.bool_ and array.size and array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must hold true and false, not {str(array[~np.isin(array, (0, 1))][0])[:40]!r}")
     return array.astype(dtype)  # a copy: two trajectories never share storage, so nobody edits another's arrays through a view
 
 

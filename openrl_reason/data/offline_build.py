@@ -24,7 +24,7 @@ from openrl_reason.data.offline_rows import RowEncoder
 from openrl_reason.data.readers import Part, iter_rows
 from openrl_reason.data.sources import Source, expand, first_row, plan_parts, source_bytes, source_identity
 from openrl_reason.data.store_writer import ShardWriter, finish_store, total
-from openrl_reason.data.token_store import MANIFEST, VERSION, TokenStore, read_manifest
+from openrl_reason.data.token_store import VERSION, TokenStore, is_store, read_manifest
 from openrl_reason.errors import ConfigError, DataError, OpenRLError
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def build_store(
     folder = Path(config.store or folder).absolute()
     tokenizer_path = str(Path(tokenizer_path).absolute()) if Path(tokenizer_path).exists() else tokenizer_path
     sources = expand(config.path)
+    inside = [source.path for source in sources if folder in Path(source.path).parents]
+    require(not inside, "data.store", str(folder), f"the data {', '.join(inside[:1])} lie in it: name another folder")
     layouts = _layouts(sources, config)
     key = store_key(config, sources, tokenizer_path)
     store = _present(folder, key, say)
@@ -200,7 +202,7 @@ def _present(folder: Path, key: dict[str, Any], say: Callable[[str], None]) -> T
     """The store that is there, if it is this one. Raises ConfigError if the folder holds anything but a token store."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not (folder / MANIFEST).is_file():
+    if not is_store(folder):
         raise ConfigError(f"--data.store: {folder} is there and is no token store: name another folder")
     manifest = read_manifest(folder)
     if manifest is None:

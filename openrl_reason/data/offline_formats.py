@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +156,10 @@ def parse_row(row: Row, layout: Layout, config: OfflineDataConfig) -> list[Examp
 # ---- one row -----------------------------------------------------------------------------------------------------------------------------
 
 
+MAX_REWARD = 1e30
+"""Beyond it sums of rewards leave float32."""
+
+
 def _need_name(row: Row, name: str, wanted: str) -> str:
     if not name or name not in row.values:
         wanted = name or wanted
@@ -185,8 +188,9 @@ def _number(row: Row, name: str) -> float:
     if _is_csv_text(row, value):
         with contextlib.suppress(ValueError):
             value = _TRUTH[value.strip().lower()] if value.strip().lower() in _TRUTH else float(value)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow("reward_not_a_number", row.where, f"column {name!r} holds {str(value)[:80]!r}; expected a finite number")
+    if not isinstance(value, int | float) or not abs(value) <= MAX_REWARD:  # not of NaN
+        shown = "an integer of more than 80 digits" if isinstance(value, int) and abs(value) >= 10**80 else repr(str(value)[:80])
+        raise BadRow("reward_not_a_number", row.where, f"column {name!r} holds {shown}; expected a finite number of at most {MAX_REWARD:g}")
     return float(value)
 
 
@@ -225,6 +229,10 @@ def _messages(row: Row, value: Any, name: str) -> Iterator[Message]:
         if message["role"] not in _ROLES:
             hint = f"{message['role']!r}; known: {', '.join(_ROLES)}{did_you_mean(message['role'], _ROLES)}"
             raise BadRow("unknown_role", row.where, f"column {name!r}, message {number}: unknown role {hint}")
+        lost = [part for part in ("tool_calls", "function_call", "reasoning_content") if message.get(part)]
+        if _ROLES[message["role"]] == "assistant" and lost:
+            what = f"has {lost[0]}, which the policy wrote and which would be lost: write it into 'content' as the policy is to write it"
+            raise BadRow("more_than_text", row.where, f"column {name!r}, message {number}: {what}")
         yield {"role": _ROLES[message["role"]], "content": message["content"]}
 
 
@@ -281,11 +289,19 @@ def _trajectory(row: Row) -> Trajectory:
     try:
         if isinstance(values.get("info"), str):  # of Parquet files
             values["info"] = json.loads(values["info"])
+        if not isinstance(values.get("info"), dict):
+            raise ValueError(f"info must be an object, not {str(values.get('info'))[:40]!r}")
+        for name in ("trajectory_id", "task_id", "group_id"):
+            if not isinstance(values.get(name), str):
+                raise ValueError(f"{name} must be text, not {str(values.get(name))[:40]!r}")
+        version = values.get("policy_version")
+        if not isinstance(version, int) or abs(version) >= 2**31:
+            raise ValueError(f"policy_version must be a whole number of 32 bits, not {str(version)[:40]!r}")
         trajectory = Trajectory.from_record(values)
+        if not has_reward(trajectory):
+            trajectory.info["has_reward"] = False
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRow("not_a_trajectory", row.where, f"not a trajectory: {error}") from None
-    if not has_reward(trajectory):
-        trajectory.info["has_reward"] = False
     return trajectory
 
 

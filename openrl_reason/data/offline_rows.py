@@ -12,7 +12,7 @@ import numpy as np
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_encode import Encoded, Encoder
-from openrl_reason.data.offline_formats import BadRow, Example, Layout, parse_row, says_nothing
+from openrl_reason.data.offline_formats import MAX_REWARD, BadRow, Example, Layout, parse_row, says_nothing
 from openrl_reason.data.readers import Row
 from openrl_reason.errors import DataError
 
@@ -90,6 +90,8 @@ class RowEncoder:
                 return self.encoder.take(parsed, row.where)
             if not all(example.prompt or example.messages for example in parsed):
                 raise BadRow("empty_prompt", row.where, "the prompt is empty, so nothing stands before the first token of the response")
+            for example in parsed:
+                _check_unicode(row, example)
         except DataError as error:
             return error
         if self.config.empty == "drop" and any(map(says_nothing, parsed)):
@@ -124,6 +126,8 @@ class RowEncoder:
         is_action = side.step_ids >= 0
         if not is_action.any():
             raise LeftOut("empty")
+        if is_action[0]:
+            raise BadRow("empty_prompt", row.where, "the first token is the policy's, and nothing stands before it: there is no state to act in")
         if length > limit:
             no_room = side.num_prompt_tokens >= limit
             if overlong == "error":
@@ -159,3 +163,16 @@ class RowEncoder:
         else:
             side.rewards = (side.rewards * scale).astype(np.float32)
             side.rewards[-1:] += np.float32(shift)
+        if not np.abs(side.rewards).max(initial=0.0) <= MAX_REWARD:
+            how = f"--data.reward_scale {scale:g} and --data.reward_shift {shift:g}"
+            raise BadRow("reward_not_a_number", side.where, f"with {how} the reward is beyond {MAX_REWARD:g}")
+
+
+def _check_unicode(row: Row, example: Example) -> None:
+    """Raises BadRow for half of a character, as cut texts have it: no tokenizer takes that."""
+    for text in (example.prompt, example.response, *example.steps, *(message["content"] for message in example.messages)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            cut = ascii(text[max(error.start - 20, 0) : error.end])
+            raise BadRow("not_unicode", row.where, f"half of a character (a lone surrogate) at {error.start}: ...{cut}") from None

@@ -18,6 +18,7 @@ _LINES = (".jsonl", ".ndjson", ".txt")
 _HASHED_WHOLE = 64 << 20
 _SAMPLE, _NUM_SAMPLES = 1 << 20, 32
 _ROWS_PER_PART = 16_384
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,23 @@ def expand(paths: Sequence[str]) -> list[Source]:
             sources.append(Source(str(folder.absolute()) if folder.exists() else str(path)))  # tasks have another working directory
             continue
         folder = folder.absolute()
+        _refuse_unreadable(folder)
         files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
         files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json")
         if not files:
             raise DataError(f"there is no data file ({', '.join(SUFFIXES)}) in the folder {path}")
         sources += [Source(str(file), str(folder)) for file in files]
     return sources
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raises DataError for data in a folder that would be passed over: half of it compressed, or under another name, would halve the data unseen."""
+    for file in sorted(folder.iterdir()):
+        suffixes = [suffix.lower() for suffix in file.suffixes]
+        packed = suffixes[-1:] and suffixes[-1] in _PACKED and len(suffixes) > 1 and suffixes[-2] in SUFFIXES
+        if file.is_file() and (packed or (suffixes[-1:] and suffixes[-1] in FOLDER_SUFFIXES and file.suffix not in FOLDER_SUFFIXES)):
+            remedy = "unpack it" if packed else f"rename it to end in {suffixes[-1]}"
+            raise DataError(f"{file} would not be read, while other files of the folder are: {remedy}, move it away, or name the files one by one")
 
 
 def first_row(source: Source, split: str) -> Any:

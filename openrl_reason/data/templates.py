@@ -89,7 +89,10 @@ def incremental_turns(
             continue
         if index == 0:
             raise DataError(f"{where}: message 0: the conversation begins with the assistant, and a tokenizer's template needs a message before it")
-        before, after = render(messages[:index], True), render(messages[: index + 1], False)
+        try:
+            before, after = render(messages[:index], True), render(messages[: index + 1], False)
+        except DataError as error:
+            raise DataError(f"{where}: message {index}: {error}") from None
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
                 f"{where}: message {index}: the chat template writes earlier turns differently once later ones follow, so this conversation has "

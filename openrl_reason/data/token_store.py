@@ -169,6 +169,17 @@ class _Shard:
         self._files = {}
 
 
+def is_store(folder: str | Path) -> bool:
+    """Whether the folder is a token store, of whatever version, or a damaged one: nothing else may be replaced by one."""
+    if not (Path(folder) / MANIFEST).is_file():
+        return False
+    try:
+        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    return (isinstance(manifest, dict) and "token_store" in manifest) or (Path(folder) / "index").is_dir()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of the store in ``folder``; None if there is none of this version."""
     try:

@@ -169,6 +169,38 @@ def test_numbers_are_rewards(reward, tokenizer):
     assert float(side.rewards.sum()) == float(reward) and side.label == (reward > 0)
 
 
+def test_a_reward_that_the_affine_map_takes_out_of_range_is_a_bad_row(tokenizer):
+    with pytest.raises(DataError, match=r"--data.reward_scale 1e\+10 and --data.reward_shift 0 the reward is beyond 1e\+30"):
+        encode({"prompt": "1?", "response": "a", "reward": 1e25}, tokenizer, reward_scale=1e10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"info": None}, "info must be an object"),
+        ({"task_id": 7}, "task_id must be text, not '7'"),
+        ({"policy_version": 2**40}, "policy_version must be a whole number of 32 bits"),
+        ({"token_ids": [2**32 + 5, 6, 7]}, "token_ids holds 4294967301, beyond 32 bits"),
+        ({"action_mask": ["false", "true", "true"]}, "action_mask must hold true and false, not 'false'"),
+        ({"action_mask": [1, 1, 1], "step_ids": [0, 0, 0]}, "the first token is the policy's, and nothing stands before it"),
+    ],
+)
+def test_a_trajectory_with_a_wrong_field_is_a_bad_row(tokenizer, change, message):
+    good = Trajectory(
+        token_ids=[5, 6, 7], action_mask=[False, True, True], step_ids=[-1, 0, 0], behaviour_logprobs=[0.0, 0.0, 0.0], rewards=[0.0, 0.0, 1.0],
+        trajectory_id="t", task_id="q", group_id="q", stop_reason=StopReason.EOS,
+    )  # fmt: skip
+    record = good.to_record() | change
+    for bad_rows in ("error", "skip"):
+        config = OfflineDataConfig(bad_rows=bad_rows)
+        encoder = RowEncoder(config, tokenizer, detect_layout(list(record), config, "x"))
+        if bad_rows == "error":
+            with pytest.raises(DataError, match=rf"f\.jsonl:1: .*{message}"):
+                list(encoder.records([Row("f.jsonl:1", record)]))
+        else:
+            assert list(encoder.records([Row("f.jsonl:1", record)])) == [] and encoder.counts["bad"] == 1
+
+
 def test_csv_files_hold_numbers_as_text(tmp_path, tokenizer):
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as stream:
@@ -187,6 +219,14 @@ BAD_ROWS = [
     ({"prompt": "1?", "response": "a", "reward": None}, "reward_not_a_number", "column 'reward' holds 'None'"),
     ({"prompt": "1?", "response": "a", "reward": float("nan")}, "reward_not_a_number", "column 'reward' holds 'nan'"),
     ({"prompt": "1?", "response": "a", "reward": float("inf")}, "reward_not_a_number", "holds 'inf'"),
+    ({"prompt": "1?", "response": "a", "reward": 1e39}, "reward_not_a_number", r"holds '1e\+39'; expected a finite number of at most 1e\+30"),
+    ({"prompt": "1?", "response": "a", "reward": 10**5000}, "reward_not_a_number", "holds an integer of more than 80 digits"),
+    ({"prompt": "1?", "response": "cut \ud83d", "reward": 1}, "not_unicode", r"half of a character \(a lone surrogate\) at 4"),
+    (
+        {"prompt": USER, "response": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "reward": 1},
+        "more_than_text",
+        "column 'response', message 0: has tool_calls",
+    ),
     ({"prompt": "1?", "response": "a", "reward": [1]}, "reward_not_a_number", r"holds '\[1\]'"),
     (
         {"prompt": "1?", "response": "a", "rewrad": 1},

@@ -216,6 +216,19 @@ def test_a_damaged_store_is_built_again(tmp_path, model):
     assert "of another version, built again" in said[3]
 
 
+def test_a_collection_is_not_taken_for_a_store_nor_a_folder_that_holds_the_data(tmp_path, model):
+    folder = tmp_path / "store"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "samples-00000.jsonl").write_text("precious")
+    (folder / "manifest.json").write_text('{"format": "openrl_reason.collection.v1"}')
+    with pytest.raises(ConfigError, match="--data.store: .* is no token store"):
+        build(tmp_path, responses(3), model)
+    assert (folder / "samples" / "samples-00000.jsonl").read_text() == "precious"
+    (folder / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    with pytest.raises(ConfigError, match="data.store is .*: the data .*rows.jsonl lie in it"):
+        build_store(OfflineDataConfig(path=(str(folder / "rows.jsonl"),), max_length=64), model, folder, say=lambda text: None)
+
+
 def test_a_folder_that_is_no_store_is_left_alone(tmp_path, model):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.tex").write_text("precious")
