@@ -75,6 +75,19 @@ def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_
     return tokenizer
 
 
+def check_reference(path: str, tokenizer: Any, length: int, *, flag: str, trust_remote_code: bool = False) -> None:
+    """Whether the model at ``path`` can be the reference of a policy with ``tokenizer``.
+
+    Raises:
+        ConfigError, DataError: as ``checked_tokenizer``, or the two read other token ids.
+    """
+    own = checked_tokenizer(path, length, flag=flag, trust_remote_code=trust_remote_code).get_vocab()
+    others = sorted((number, token) for token, number in tokenizer.get_vocab().items() if own.get(token) != number)
+    if others:
+        number, token = others[0]
+        raise DataError(f"--{flag} {path} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
+
+
 def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any], side_by_side: bool = True) -> list[Any]:
     """What the functions return, called side by side: starting an actor is mostly waiting. ``close`` of each result goes on ``stack``.
 

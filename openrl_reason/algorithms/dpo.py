@@ -21,6 +21,7 @@ import torch
 from openrl_reason.algorithms.collect import Collector, logged_places, readable
 from openrl_reason.algorithms.common import (
     ItemSampler,
+    check_reference,
     checked_tokenizer,
     describe_model,
     estimate_memory,
@@ -170,6 +171,9 @@ class DPOTrainer(Trainer):
         self.model_path = local_path(config.policy.path)
         length, flag = (config.rollout.max_model_len, "rollout.max_model_len") if config.sample else (config.max_length, "max_length")
         self.tokenizer = checked_tokenizer(self.model_path, length, flag=flag, trust_remote_code=config.policy.trust_remote_code)
+        if config.reference_path:
+            reference, trust = local_path(config.reference_path), config.policy.trust_remote_code
+            check_reference(reference, self.tokenizer, length, flag="reference_path", trust_remote_code=trust)
         if config.sample and self._given is None:
             self.task = self._task or load_task(config.task)
             if self.run.dry_run and not self._reward_function:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from openrl_reason.algorithms.common import checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
+from openrl_reason.algorithms.common import check_reference, checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.kto_config import KTOConfig, KTOLossConfig
 from openrl_reason.algorithms.reference_scores import in_parts, kept_scores, reference_model, response_logprobs, score_responses
 from openrl_reason.algorithms.trainer import Callback, Trainer
@@ -219,7 +219,9 @@ class KTOTrainer(Trainer):
         config = self.config
         self.model_path = local_path(config.policy.path)
         trust = config.policy.trust_remote_code
-        checked_tokenizer(self.model_path, config.data.max_length, flag="data.max_length", trust_remote_code=trust)
+        tokenizer = checked_tokenizer(self.model_path, config.data.max_length, flag="data.max_length", trust_remote_code=trust)
+        if config.reference_path:
+            check_reference(local_path(config.reference_path), tokenizer, config.data.max_length, flag="reference_path", trust_remote_code=trust)
         self.store = self._given
         if self.store is None:
             self.store = build_store(config.data, self.model_path, self.folder / "data", trust_remote_code=trust)

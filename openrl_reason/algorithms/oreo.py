@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from openrl_reason.algorithms.collect import Rollouts, logged_places, readable
-from openrl_reason.algorithms.common import checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
+from openrl_reason.algorithms.common import check_reference, checked_tokenizer, describe_model, estimate_memory, local_path, update_metrics
 from openrl_reason.algorithms.offline_reference import OfflineReference
 from openrl_reason.algorithms.oreo_config import OfflineReferenceConfig, OREOAlgoConfig, OREOConfig, OREOKLConfig
 from openrl_reason.algorithms.oreo_losses import (
@@ -44,6 +44,7 @@ from openrl_reason.config import require
 from openrl_reason.core.batch import TokenBatch, unsplit_tokens
 from openrl_reason.core.kl import DualKL, FixedKL
 from openrl_reason.core.losses import oreo_policy_loss, oreo_value_loss
+from openrl_reason.core.losses_offline import importance_weights
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
@@ -169,7 +170,11 @@ class OREOTrainer(Trainer):
         tokens, rewards = batch.tokens, batch.sequences["rewards"]
         shared = (rewards, batch.action_mask, tokens["states"], batch.cu_seqlens)
         settings = {"beta": algo.beta, "returns": tokens["returns"], "average": algo.average}
+        if algo.importance:
+            ratio = tokens["logprobs"], tokens["ref_logprobs"], batch.action_mask, batch.cu_seqlens
+            settings["sequence_weights"] = importance_weights(*ratio, clip=algo.importance_clip)
         policy, _ = oreo_policy_loss(tokens["logprobs"], tokens["ref_logprobs"], tokens["values"], *shared, level=algo.level, **settings)
+        settings["clip_log_ratio"] = algo.clip_log_ratio
         value, _ = oreo_value_loss(tokens["values"], tokens["logprobs"], tokens["ref_logprobs"], *shared, **settings)
         found = {"eval/policy_loss": float(policy), "eval/value_loss": float(value)}
         diagnostics = offline_metrics(batch, tokens["logprobs"], tokens["values"], algo.beta)
@@ -189,7 +194,7 @@ class OREOTrainer(Trainer):
         shown = shown.with_tokens(advantages=explicit_advantages(shown, shown.tokens["values"]))
         tokenizer = self.tokenizer if self.run.log_rollout_tokens else None
         rollouts = Rollouts(trajectories, [None] * len(places), results)
-        self.log.rollouts(readable(rollouts, self.done, -1, source="eval", tokenizer=tokenizer, batch=shown))
+        self.log.rollouts(readable(rollouts, self.done, -1, source="eval/held_out", tokenizer=tokenizer, batch=shown))
 
     # ---- data ----------------------------------------------------------------------------------------------------------------------------
 
@@ -201,7 +206,11 @@ class OREOTrainer(Trainer):
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, length, flag="data.max_length", trust_remote_code=trust)
         if config.reference.path:
-            checked_tokenizer(self.reference.path, length, flag="data.max_length", trust_remote_code=trust)
+            check_reference(self.reference.path, self.tokenizer, length, flag="reference.path", trust_remote_code=trust)
+        if config.algo.exact_kl:
+            head = self.reference.path
+            require(Path(head).is_dir(), "reference.path" if config.reference.path else "policy.path", head,
+                    "the exact KL reads the reference's output head from a local folder: download the model, or use --algo.kl.kind k3")  # fmt: skip
         critic = self.critic_config()
         check_scalar_folder(critic.path, self.tokenizer, length, flag="critic.path", trust_remote_code=critic.trust_remote_code)
         self.store = self._given
@@ -211,7 +220,7 @@ class OREOTrainer(Trainer):
             raise DataError(f"the data are of the kind {self.store.kind!r}: OREO needs responses with a reward (--data.format responses)")
         known = np.asarray(self.store.has_reward, bool)
         rows, held_out = (part[known[part]] for part in split_held_out(self.store, config.eval_fraction, self.run.seed))
-        self.held_out = held_out[: config.eval_rows]
+        self.held_out = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), config.eval_rows), dtype=int)]  # from all files alike
         right = int(self.store.labels[rows].sum())
         counts = {"rows": len(self.store), "without_reward": int((~known).sum()), "training": len(rows), "held_out": len(held_out)}
         self._counts = counts | {"right": right, "wrong": len(rows) - right, "held_out_used": len(self.held_out)}
@@ -267,14 +276,16 @@ class OREOTrainer(Trainer):
 
     def order(self) -> dict[str, Any]:
         config = self.config
-        return {"run.seed": self.run.seed, "batch_size": config.batch_size, "training responses": self.loader.identity}
+        return {"run.seed": self.run.seed, "batch_size": config.batch_size, "training responses": self.loader.identity,
+                "reference.path": config.reference.path}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"kl": self.kl.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
-        self.kl.load_state_dict(state["kl"])
+        if self.config.algo.kl.target and "log_coefficient" in state["kl"]:  # a fixed coefficient is what the flag says now
+            self.kl.load_state_dict(state["kl"])
 
     def export(self, folder: Path) -> None:
         """The policy into ``folder``, and the critic beside it into ``critic``, head included."""

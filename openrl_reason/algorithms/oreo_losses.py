@@ -60,7 +60,8 @@ class OREOPolicyLoss:
         )  # fmt: skip
         metrics = {"train/policy_loss": found["oreo_policy_loss"]}
         if weights is not None:
-            metrics["train/importance_weight"] = weights.sum() / denominators["sequences"]
+            acts = segment_sum(mask.double(), edges) > 0  # not of a micro-batch that only keeps other ranks company
+            metrics["train/importance_weight"] = (weights * acts).sum() / denominators["sequences"]
         if algo.hinge:
             hinge, found = hinge_loss(
                 logprobs, ref_logprobs, mask, states, edges, batch.sequences["positive"] > 0, denominator=denominators["positive"]

@@ -98,6 +98,9 @@ class ReferenceCache:
             own = slice(starts[place], starts[place + 1])
             inside = mask[own]
             target = int(self.offsets[row]) + np.flatnonzero(inside)
+            if not len(target):
+                continue
+            self._reserve(int(target[0]), int(target[-1]) + 1)
             self._arrays["logprobs"][target] = scores["logprobs"][own].numpy()[inside]
             if self.hidden_size:
                 self._arrays["hidden"][target] = _bits(scores["hidden"][own])[inside]
@@ -106,6 +109,14 @@ class ReferenceCache:
                 array.flush()
         self._arrays["done"][np.asarray(rows, dtype=np.int64)] = 1  # after its data: a row that is marked is there
         self._arrays["done"].flush()
+
+    def _reserve(self, start: int, end: int) -> None:
+        """Takes the disk for tokens ``start`` to ``end`` - 1: a full disk is an error here, and at the write to mapped memory ends the process."""
+        for name, array in self._arrays.items():
+            if name != "done":
+                size = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+                with naming_disk_errors(self.folder), (self.folder / f"{name}.bin").open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), start * size, (end - start) * size)
 
     def read(self, rows: Sequence[int], batch: TokenBatch) -> dict[str, Tensor]:
         """``ref_logprobs`` [N] of a batch made of ``rows`` and, where they are kept, ``ref_hidden`` [N, H]; 0 outside actions."""

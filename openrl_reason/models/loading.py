@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Settings with which a model rescales or bends its logits or attention scores after the plain matrix product.
+_DROPOUT_SETTINGS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 _LOGIT_SETTINGS = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -73,6 +74,9 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}/config.json cannot be used: {_first_line(error)}") from error
+    for name in _DROPOUT_SETTINGS:  # log-probs and values of an update must be those of the model, whoever asks for them
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
     values = config.to_dict()
     for name in _LOGIT_SETTINGS:
         if values.get(name) not in (None, 0, 0.0, 1, 1.0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ class ModelWorker:
         store: torch.distributed.Store | None = None,
     ):
         torch.set_num_threads(config.threads_per_rank)
+        if total_steps is not None and config.dtype == "bfloat16" and config.zero_stage == 0:
+            # DeepSpeed's stage 0 adds gradients up in bfloat16, where the small ones of many micro-batches vanish, and its Adam has counted one
+            # step before the first. Stage 1 is the same otherwise.
+            config = replace(config, zero_stage=1)
         self.config, self.rank, self.world_size, self.role = config, rank, world_size, role
         self.total_steps, self.step, self.trained = total_steps, 0, total_steps is not None
         if self.trained and not isinstance(config, TrainedModelConfig):

@@ -12,8 +12,8 @@ from openrl_reason.models.prefix_scores import Prefix, Prefixes
 if TYPE_CHECKING:
     from openrl_reason.workers.model_group import ModelGroup
 
-MOST_REMEMBERED = 100_000
-"""States of which it is remembered what rank valued them."""
+MOST_REMEMBERED = 4_000_000
+"""Tokens of the states of which it is remembered what rank valued them."""
 
 
 class PrefixValues:
@@ -29,7 +29,7 @@ class PrefixValues:
 
     def __init__(self, group: ModelGroup, max_bytes: int) -> None:
         self.group, self.max_bytes = group, max_bytes
-        self._valued = Prefixes()
+        self._valued, self._tokens = Prefixes(), 0
 
     def __call__(self, states: Sequence[tuple[int, ...]]) -> np.ndarray:
         if not states:
@@ -52,6 +52,9 @@ class PrefixValues:
             ranks.append(one.rank)
             if known is None or len(known.ids) < len(ids):
                 self._valued.add(one)
-            if len(self._valued) > MOST_REMEMBERED:
-                self._valued.remove(next(iter(self._valued)))
+                self._tokens += len(ids)
+            while self._tokens > MOST_REMEMBERED:
+                oldest = next(iter(self._valued))
+                self._valued.remove(oldest)
+                self._tokens -= len(oldest.ids)
         return np.array(ranks)

@@ -1,5 +1,7 @@
 """OREO's step equals a straight line over padded batches, however it is cut; the reference's cache; what the regulariser is for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -316,3 +318,34 @@ def test_settings_that_cannot_work_are_refused(change, message):
 def test_an_exact_kl_without_hidden_states_is_refused():
     with pytest.raises(ConfigError, match="reference.cache.*hidden states"):
         dataclasses_replace(OREOConfig(), **{"reference.cache": "logprobs"})
+
+
+def test_a_resumed_run_takes_a_fixed_coefficient_from_its_flag_and_an_adapted_one_from_the_state(path, tmp_path):
+    def make(name, **kl):
+        trainer = make_trainer(path, tmp_path / name, responses(), kl=OREOKLConfig(**kl))
+        trainer.loader = SimpleNamespace(identity="the same")
+        return trainer
+
+    fixed, other, adapted, again = make("a", coef=0.1), make("b", coef=0.3), make("c", coef=0.3, target=0.01), make("d", coef=0.3, target=0.01)
+    other.load_state(fixed.state())
+    assert other.kl.coefficient == 0.3
+    adapted.load_state(fixed.state())
+    assert adapted.kl.coefficient == pytest.approx(0.3)
+    adapted.kl.update(1.0)
+    again.load_state(adapted.state())
+    assert again.kl.coefficient == adapted.kl.coefficient != 0.3
+
+
+def test_a_reference_with_another_tokenizer_is_refused(path, tmp_path):
+    from openrl_reason.algorithms.common import check_reference
+    from openrl_reason.errors import DataError
+    from openrl_reason.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(path))
+    check_reference(str(path), tokenizer, 32, flag="reference.path")
+    vocabulary = dict(tokenizer.get_vocab())
+    one, two = [token for token, number in vocabulary.items() if number in (6, 7)]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    other = type("Other", (), {"get_vocab": lambda self: vocabulary})()
+    with pytest.raises(DataError, match="--reference.path .* has another tokenizer than the policy .they differ at id 6"):
+        check_reference(str(path), other, 32, flag="reference.path")

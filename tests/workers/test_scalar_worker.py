@@ -91,6 +91,16 @@ def test_a_step_in_several_calls_that_go_on_from_the_values_equals_one_call(path
     assert steady(step(parts, batch)).keys() == steady(expected).keys()  # the next step starts afresh
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_gradients_of_many_micro_batches_add_up(path, stage):
+    batch, norms = target_batch([5]), []
+    for count in (1, 300):  # in bfloat16 a hundredth of a sum is lost
+        worker = critic(path, dtype="bfloat16", zero_stage=stage)
+        metrics = worker.update([batch] * count, Loss(), {"tokens": float(batch.num_actions * count)})
+        norms.append(metrics["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
+
+
 def test_an_update_refuses_to_go_on_from_the_values_of_other_micro_batches(path):
     worker, batch = critic(path), target_batch()
     worker.values([batch], for_update=True)
