@@ -64,12 +64,12 @@ def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_
         ConfigError: the model has fewer positions than ``length``, the longest sequence, which ``flag`` sets.
         DataError: tokenizer and model do not belong together, or a weight file is broken.
     """
-    from openrl_reason.models.loading import check_vocabulary, load_config, load_tokenizer
+    from openrl_reason.models.loading import check_vocabulary, load_config, load_tokenizer, position_limit
 
     config = load_config(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, config, path)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     require(not positions or length <= positions, flag, length, f"the model has {positions} positions: use at most that")
     count_parameters(path)
     return tokenizer

@@ -87,6 +87,20 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     return config
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The longest sequence of a model; None: no limit.
+
+    Rotary embeddings of the types longrope and dynamic change for all sequences of a packed row once one of them is longer than the model's
+    original context, so that is the limit here: what a model says of a sequence must not depend on what is packed beside it.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        return min(one for one in (limit, original) if one) if limit or original else None
+    return limit
+
+
 def load_causal_lm(path: str, dtype: str, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model from safetensors, on the CPU. ``dtype``: ``float32`` or ``bfloat16``."""
     from safetensors import SafetensorError

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from openrl_reason.core.logprobs import Reference, shifted_rows, shifted_token_scores
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.models.attention import packed_forward_kwargs
+from openrl_reason.models.loading import position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.attn_impl = attn_impl
-        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_positions = position_limit(model.config)
         model.set_output_embeddings(TokenScoringHead.replacing(model.get_output_embeddings(), head_chunk_tokens))
 
     def forward(
@@ -120,7 +121,7 @@ def packed_hidden_states(decoder: nn.Module, token_ids: Tensor, cu_seqlens: Tens
     lengths = cu_seqlens.diff()
     longest = int(lengths.max())
     if max_positions is not None and longest > max_positions:
-        raise DataError(f"a sequence has {longest} tokens, but the model has {max_positions} positions (max_position_embeddings)")
+        raise DataError(f"a sequence has {longest} tokens, but the model has {max_positions} positions")
     position_ids = torch.arange(token_ids.shape[0], device=token_ids.device) - cu_seqlens[:-1].repeat_interleave(lengths)
     output = decoder(
         input_ids=token_ids[None],

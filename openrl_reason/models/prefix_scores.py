@@ -124,7 +124,7 @@ class PrefixScorer:
         """One score for each prefix of at least one token. Raises DataError for one beyond the model's positions."""
         limit, longest = self.model.max_positions, max(map(len, prefixes), default=0)
         if limit is not None and longest > limit:
-            raise DataError(f"a prefix has {longest} tokens, but the model has {limit} positions (max_position_embeddings)")
+            raise DataError(f"a prefix has {longest} tokens, but the model has {limit} positions")
         self.counts["tokens"] += sum(map(len, prefixes))
         distinct: dict[bytes, Prefix] = {}
         wanted = [distinct.setdefault(ids.tobytes(), Prefix.of(ids)) for ids in (np.asarray(prefix, np.int64) for prefix in prefixes)]

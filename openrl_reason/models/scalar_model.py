@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openrl_reason.config import require
 from openrl_reason.core.segments import shift_into_segments
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.loading import DTYPES, load_config, load_tokenizer
+from openrl_reason.models.loading import DTYPES, load_config, load_tokenizer, position_limit
 from openrl_reason.models.policy import packed_hidden_states
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel, *, attn_impl: str):
         super().__init__()
         self.model, self.attn_impl = model, attn_impl
-        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_positions = position_limit(model.config)
         model.score = ScalarHead.replacing(model.score)
 
     def forward(self, token_ids: Tensor, cu_seqlens: Tensor, shifted: bool = True) -> Tensor:
@@ -84,7 +84,7 @@ def check_scalar_folder(path: str, tokenizer: Any, length: int, *, flag: str, tr
     if others:
         number, token = min(others)
         raise DataError(f"{where} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     if positions and positions < length:
         raise DataError(f"{where} has {positions} positions, and sequences have up to {length} tokens")
     if has_scalar_head(config) and config.num_labels != 1:

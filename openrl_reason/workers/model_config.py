@@ -37,7 +37,8 @@ class ModelConfig:
     num_ranks: int = 1
     """Data-parallel ranks, one Ray actor each."""
     zero_stage: int = 1
-    """ZeRO stage 0 (nothing partitioned), 1 (optimiser state), 2 (and gradients) or 3 (and parameters)."""
+    """ZeRO stage 0 (nothing partitioned), 1 (optimiser state), 2 (and gradients) or 3 (and parameters). In bfloat16 a trained
+    model at stage 0 runs at stage 1, which adds gradients up in float32."""
     offload_parameters: bool = False
     """Keep the parameters in host memory between uses (needs ``zero_stage: 3``)."""
     attention: str = "auto"

@@ -78,3 +78,15 @@ def test_what_sdpa_cannot_compute_is_refused():
         packed_attention(torch.nn.Module(), query, query, query, torch.ones(1, 4))
     with pytest.raises(MissingDependencyError, match="attention: auto"):
         choose_attention("flash_attention_2", torch.device("cpu"))
+
+
+def test_rotary_embeddings_that_change_with_length_are_limited_to_the_original_context():
+    from transformers import LlamaConfig
+
+    from openrl_reason.models.loading import position_limit
+
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 32}
+    assert position_limit(LlamaConfig(max_position_embeddings=128)) == 128
+    assert position_limit(LlamaConfig(max_position_embeddings=128, rope_parameters=long)) == 32
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert position_limit(LlamaConfig(max_position_embeddings=128, rope_parameters=dynamic)) == 128
