@@ -43,6 +43,7 @@ from openrl_reason.data.offline import build_store
 from openrl_reason.data.pair_store import pair_store
 from openrl_reason.data.pairs import Pair, PairBuilder, PairData, pair_samples, read_pairs
 from openrl_reason.errors import DataError
+from openrl_reason.evaluation.identity import model_identity
 from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, load_task
@@ -260,7 +261,8 @@ class DPOTrainer(Trainer):
         everything = [side for pair in (*self.train_pairs, *self.held_out) for side in (pair.chosen, pair.rejected)]
         sides = {side.trajectory_id: side for side in everything}
         loss, policy, path = self.config.loss, self.config.policy, self.config.reference_path and local_path(self.config.reference_path)
-        identity = content_id(path or self.model_path, str(loss.temperature), str(loss.mean_logprobs), *sides)
+        model = str(model_identity(path or self.model_path, whole=True))
+        identity = content_id(model, policy.dtype, str(loss.temperature), str(loss.mean_logprobs), *sides)
 
         def compute() -> dict[str, torch.Tensor]:
             with reference_model(self.policy, policy, path, placement, self.run.seed) as (group, adapters):

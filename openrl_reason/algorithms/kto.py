@@ -31,6 +31,7 @@ from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
+from openrl_reason.evaluation.identity import model_identity
 from openrl_reason.workers.placement import Placement, Role
 
 _Parts = Iterable[Sequence[Trajectory]]
@@ -277,7 +278,8 @@ class KTOTrainer(Trainer):
             return found
 
         about = (str(self.config.loss.temperature), str(self.config.data.max_length), rows.tobytes().hex(), self.partners.tobytes().hex())
-        identity = content_id(path or self.model_path, self.store.identity, *about)
+        model = model_identity(path or self.model_path, whole=True)
+        identity = content_id(str(model), self.config.policy.dtype, self.store.identity, *about)
         kept = kept_scores(self.folder / "reference.safetensors", identity, compute, reuse=self.run.resume)
         scattered = {name: torch.full((len(self.store),), float("nan")) for name in kept}
         for name, scores in kept.items():

@@ -69,7 +69,7 @@ class OfflineReference:
             if cache == "auto":
                 say(f"the reference scores each batch: its hidden states would take up to {needed / 2**30:.1f} GiB (--reference.cache_gib)")
             return
-        identity = {name: value for name, value in model_identity(self.path).items() if name != "path"} or {"path": self.path}
+        identity = {name: value for name, value in model_identity(self.path, whole=True).items() if name != "path"} or {"path": self.path}
         key = {"model": identity, "data": store.identity, "temperature": self.temperature, "weights_dtype": self.policy_config.dtype}
         place = Path(self.config.cache_dir).absolute() if self.config.cache_dir else folder
         self.cache = ReferenceCache(place, key, store.lengths, hidden_size=hidden_size, dtype=self.policy_config.dtype)

@@ -77,7 +77,8 @@ class OREOTrainer(Trainer):
         algo, kl = config.algo, config.algo.kl
         self.kl = DualKL(kl.coef, kl.target, kl.target_lr) if kl.target else FixedKL(kl.coef)
         direction = "forward" if kl.kind == "forward" else "reverse"
-        self.reference = OfflineReference(config.reference, config.policy, exact=algo.exact_kl, direction=direction)
+        exact = algo.exact_kl and not algo.critic_only  # the critic alone needs no distributions
+        self.reference = OfflineReference(config.reference, config.policy, exact=exact, direction=direction)
         # Dropout in an update would make its log-probs and values others than those that the other model is to learn from.
         self._needs_own_forward = bool(algo.ema_decay) or config.policy.lora.dropout > 0 or config.critic.lora.dropout > 0
 
@@ -207,7 +208,7 @@ class OREOTrainer(Trainer):
         self.tokenizer = checked_tokenizer(self.model_path, length, flag="data.max_length", trust_remote_code=trust)
         if config.reference.path:
             check_reference(self.reference.path, self.tokenizer, length, flag="reference.path", trust_remote_code=trust)
-        if config.algo.exact_kl:
+        if self.reference.exact:
             head = self.reference.path
             require(Path(head).is_dir(), "reference.path" if config.reference.path else "policy.path", head,
                     "the exact KL reads the reference's output head from a local folder: download the model, or use --algo.kl.kind k3")  # fmt: skip

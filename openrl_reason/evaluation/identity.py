@@ -16,11 +16,12 @@ from openrl_reason.rewards.config import RewardConfig, split_function
 _PROBES, _PROBE_BYTES = 64, 65536
 
 
-def model_identity(path: str) -> dict[str, Any]:
+def model_identity(path: str, *, whole: bool = False) -> dict[str, Any]:
     """Path, SHA-256 of ``config.json``, sizes of the weight files, and a fingerprint of the weights.
 
     The fingerprint is BLAKE2b of 64 KiB at 64 evenly spaced places of each file: it tells checkpoints apart in a blink, which reading all of
-    a large model would not; it is no proof that two files are equal to the last byte. A name on the hub has only its name.
+    a large model would not; it is no proof that two files are equal to the last byte. ``whole`` reads them all, for what is kept on disk because
+    of it (about a second for a GiB). A name on the hub has only its name.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -30,7 +31,9 @@ def model_identity(path: str) -> dict[str, Any]:
     for file in weights:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            for probe in range(_PROBES):
+            while whole and (block := stream.read(1 << 24)):
+                fingerprint.update(block)
+            for probe in range(0 if whole else _PROBES):
                 stream.seek(max(0, size - _PROBE_BYTES) * probe // (_PROBES - 1))
                 fingerprint.update(stream.read(_PROBE_BYTES))
     config = folder / "config.json"
