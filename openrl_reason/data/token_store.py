@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ ARRAYS = {"token_ids": np.int32, "step_ids": np.int32, "rewards": np.float32, "i
 STOP_REASONS = tuple(StopReason)
 _HEADER = 128
 """Bytes before the data of a one-dimensional .npy file of format 1.0."""
+
+_REPLACED = "the token store in {} was replaced by another one while it was in use: give each choice of settings a --data.store of its own"
 
 
 class TokenStore:
@@ -63,6 +66,9 @@ class TokenStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        # The folder itself is held: another run may build another store under the same name, whose rows lie elsewhere.
+        self._directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, self._directory)
         self.kind, self.identity, self.statistics = manifest["kind"], manifest["identity"], manifest["statistics"]
         index = {name: np.asarray(np.lib.format.open_memmap(folder / "index" / f"{name}.npy", mode="r")) for name in INDEX}
         self._index = index
@@ -81,8 +87,15 @@ class TokenStore:
                 raise DataError(f"the token store in {folder} is damaged ({file.name} of {file.parent.name}): delete it, it will be built again")
         return cls(folder, manifest)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return TokenStore.open, (self.folder,)
+    def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
+        return TokenStore._again, (self.folder, self.identity)
+
+    @classmethod
+    def _again(cls, folder: Path, identity: str) -> TokenStore:
+        store = cls.open(folder)
+        if store.identity != identity:
+            raise DataError(_REPLACED.format(folder))
+        return store
 
     def __len__(self) -> int:
         return self.manifest["num_rows"]
@@ -110,7 +123,7 @@ class TokenStore:
                 if number != open_shard:
                     if shard is not None:
                         shard.close()
-                    open_shard, shard = number, _Shard(self.folder, self.manifest["shards"][number])
+                    open_shard, shard = number, _Shard(self._directory, self.folder, self.manifest["shards"][number])
                 assert shard is not None
                 found[row] = self._read(row, shard)
         finally:
@@ -143,18 +156,21 @@ class TokenStore:
 class _Shard:
     """Open files of a shard. Read by position, not mapped: pages that were mapped would count as memory of this process."""
 
-    def __init__(self, folder: Path, shard: dict[str, Any]) -> None:
-        self._folder, self._has_logprobs = folder / "shards" / shard["name"], shard["logprobs"]
+    def __init__(self, directory: int, folder: Path, shard: dict[str, Any]) -> None:
+        self._directory, self._store, self._folder, self._has_logprobs = directory, folder, Path("shards", shard["name"]), shard["logprobs"]
         self._files: dict[str, int] = {}
 
     def read(self, name: str, start: int, count: int, dtype: Any = None) -> np.ndarray:
         """[count] entries from ``start`` on."""
         kind = np.dtype(dtype or ARRAYS[name])
         if name not in self._files:
-            self._files[name] = os.open(self._folder / f"{name}.npy", os.O_RDONLY)
+            try:
+                self._files[name] = os.open(self._folder / f"{name}.npy", os.O_RDONLY, dir_fd=self._directory)
+            except FileNotFoundError:
+                raise DataError(_REPLACED.format(self._store)) from None
         data = os.pread(self._files[name], count * kind.itemsize, _HEADER + start * kind.itemsize)
         if len(data) != count * kind.itemsize:
-            raise DataError(f"{self._folder / name}.npy is cut short: delete the store, it will be built again")
+            raise DataError(f"{self._store / self._folder / name}.npy is cut short: delete the store, it will be built again")
         return np.frombuffer(data, kind)
 
     def logprobs(self, start: int, count: int) -> np.ndarray:

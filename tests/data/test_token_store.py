@@ -216,6 +216,17 @@ def test_a_damaged_store_is_built_again(tmp_path, model):
     assert "of another version, built again" in said[3]
 
 
+def test_a_store_that_another_run_replaces_says_so_and_never_reads_the_other_s_rows(tmp_path, model):
+    first = build(tmp_path, responses(9), model)
+    copy = pickle.dumps(first)
+    expected = first.trajectory(3).token_ids.tolist()
+    second = build(tmp_path, responses(12, seed=5), model, name="other.jsonl")
+    assert second.identity != first.identity and second.trajectory(3).token_ids.tolist() != expected
+    for read in (lambda: first.trajectory(3), lambda: pickle.loads(copy)):
+        with pytest.raises(DataError, match="was replaced by another one while it was in use"):
+            read()
+
+
 def test_a_collection_is_not_taken_for_a_store_nor_a_folder_that_holds_the_data(tmp_path, model):
     folder = tmp_path / "store"
     (folder / "samples").mkdir(parents=True)
