@@ -22,7 +22,7 @@ from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_formats import Layout, detect_layout
 from openrl_reason.data.offline_rows import RowEncoder
 from openrl_reason.data.readers import Part, iter_rows
-from openrl_reason.data.sources import Source, expand, first_row, plan_parts, source_bytes, source_identity
+from openrl_reason.data.sources import Source, expand, first_row, first_rows, plan_parts, source_bytes, source_identity
 from openrl_reason.data.store_writer import ShardWriter, finish_store, total
 from openrl_reason.data.token_store import VERSION, TokenStore, is_store, read_manifest
 from openrl_reason.errors import ConfigError, DataError, OpenRLError
@@ -30,6 +30,7 @@ from openrl_reason.errors import ConfigError, DataError, OpenRLError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ROWS_LOOKED_AT = 100
 _PART_BYTES = 8 << 20
 _WORTH_RAY = 16 << 20
 """Bytes of files from which on tasks are started: less is read and tokenised before they would have started."""
@@ -153,9 +154,13 @@ def _layouts(sources: list[Source], config: OfflineDataConfig) -> list[Layout]:
     layouts: list[Layout] = []
     seen: dict[str, tuple[str, list[str], Layout]] = {}
     for source in sources:
-        row = first_row(source, config.split)
-        here = source.path, list(map(str, row.values)), detect_layout(list(row.values), config, source.path)
-        layouts.append(here[2])
+        names = list(first_row(source, config.split).values)
+        layout = detect_layout(names, config, source.path)
+        if layout.format == "sft" and not source.path.endswith(".json"):  # a first row that lacks its reward must not cost all others theirs
+            names = list(dict.fromkeys(name for row in first_rows(source, config.split, _ROWS_LOOKED_AT) for name in row.values))
+            layout = detect_layout(names, config, source.path)
+        here = source.path, list(map(str, names)), layout
+        layouts.append(layout)
         _check_same(seen.setdefault("", here), here, what=lambda layout: layout.kind)
         if source.folder:
             _check_same(seen.setdefault(source.folder, here), here, what=lambda layout: layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ def first_row(source: Source, split: str) -> Any:
     for row in iter_rows(source.path, split=split, on_bad=errors.append):
         return row
     raise errors[0] if errors else DataError(f"{source.path} has no rows")
+
+
+def first_rows(source: Source, split: str, count: int) -> list[Row]:
+    """The first records that read, at most so many."""
+    return list(itertools.islice(iter_rows(source.path, split=split, on_bad=lambda error: None), count))
 
 
 def _first_entry(path: Path) -> dict[str, Any] | None:

@@ -216,6 +216,14 @@ def test_a_damaged_store_is_built_again(tmp_path, model):
     assert "of another version, built again" in said[3]
 
 
+def test_a_first_row_without_its_reward_does_not_cost_the_others_theirs(tmp_path, model):
+    rows = [{"prompt": "1?", "response": "a"}, *responses(5)]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no column 'reward'"):
+        build(tmp_path, rows, model)
+    store = build(tmp_path, rows, model, bad_rows="skip")
+    assert store.kind == "responses" and len(store) == 5 and store.has_reward.all()
+
+
 def test_a_store_that_another_run_replaces_says_so_and_never_reads_the_other_s_rows(tmp_path, model):
     first = build(tmp_path, responses(9), model)
     copy = pickle.dumps(first)
