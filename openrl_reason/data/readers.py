@@ -143,6 +143,8 @@ def _read_json(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
             return
         where = f"{file}:{error.lineno}"
         raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DataError(f"{file}: malformed JSON: {error}") from None
     if isinstance(value, dict):
         lists = [key for key, entry in value.items() if isinstance(entry, list)]
         if lists:
@@ -160,13 +162,21 @@ def _read_json(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
             on_bad(error)
 
 
+_LONGEST_CSV_FIELD = 64 << 20
+_TOO_MANY = "\0"
+"""Where fields beyond the header go; no column has this name (pandas gives its index an empty one)."""
+
+
 def _read_csv(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
+    line = 0
+    csv.field_size_limit(_LONGEST_CSV_FIELD)
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, restkey="", strict=True)
+            reader = csv.DictReader(stream, restkey=_TOO_MANY, strict=True)
             for values in reader:
-                where = f"{file}:{reader.line_num}"
-                if "" in values or None in values.values():
+                line = reader.line_num
+                where = f"{file}:{line}"
+                if _TOO_MANY in values or None in values.values():
                     error = DataError(f"{where}: the number of fields differs from the header's {len(reader.fieldnames or ())}")
                     if on_bad is None:
                         raise error
@@ -174,9 +184,9 @@ def _read_csv(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
                     continue
                 yield Row(where, values)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error.reason})") from None
+        raise DataError(f"{file}: not UTF-8 ({error.reason}), in what follows line {line}") from None
     except csv.Error as error:
-        raise DataError(f"{file}: malformed CSV: {error}") from None
+        raise DataError(f"{file}:{line + 1}: malformed CSV: {error}") from None
 
 
 def _read_parquet(file: Path, part: Part) -> Iterator[Row]:
@@ -191,7 +201,7 @@ def _read_parquet(file: Path, part: Part) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield Row(f"{file}, row {number}", values)
                     number += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: malformed Parquet: {str(error).splitlines()[0]}") from None
 
 

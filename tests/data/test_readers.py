@@ -106,3 +106,19 @@ def test_a_folder_saved_by_datasets_is_read(tmp_path):
     assert len(read_rows(tmp_path / "two", split="train")) == 2
     with pytest.raises(DataError, match="no split 'test'; there are: train"):
         read_rows(tmp_path / "two", split="test")
+
+
+def test_csv_files_of_pandas_with_long_fields_and_wrong_bytes(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(",prompt,response\n0,a?,b\n1," + "x" * 200_000 + ",c\n")  # an index without a name
+    assert [len(row.values["prompt"]) for row in iter_rows(file)] == [2, 200_000]
+    file.write_bytes(b"prompt,response\na,b\nc,\xe9\n")
+    with pytest.raises(DataError, match=r"rows.csv: not UTF-8 .*in what follows line"):
+        list(iter_rows(file))
+
+
+def test_a_json_list_that_is_nested_too_deeply_is_malformed(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="rows.json: malformed JSON"):
+        list(iter_rows(file))
