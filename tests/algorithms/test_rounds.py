@@ -101,11 +101,12 @@ def test_the_rule_never_takes_back_what_it_asked_for():
 
 def test_stopping_early_drops_what_is_under_way():
     script = random_script(0, 12, 16)
-    pool = ScriptedPool(script)
+    pool = ScriptedPool(script, at_once=1)  # and rewards at once: what is under way at the first question's end does not depend on the clock
     task = ScriptedTask(script)
-    sampler = QuestionSampler(Collector(task, TOKENIZER, pool, ScriptedRewards()), UntilBalanced(4, 16), SamplingConfig(), (0,), 1.0, 12)
+    sampler = QuestionSampler(Collector(task, TOKENIZER, pool, ScriptedRewards("now")), UntilBalanced(4, 16), SamplingConfig(), (0,), 1.0, 12)
     questions = sampler.run(task.items("train"))
     next(questions)
+    assert pool.num_unfinished
     questions.close()
     assert pool.aborted and not pool.num_unfinished
 
