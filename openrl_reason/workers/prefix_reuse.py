@@ -5,7 +5,7 @@ also start a request from a *part* of a block: it gives the request a copy (copy
 models with Mamba layers only. `PrefixReuse` finds such blocks for every model with plain attention: a block in the cache that follows the very
 same prefix, and whose first tokens are the request's next ones. Each request still computes its last token, which gives it its first logits.
 
-A part-filled block is in the cache, too, if a prompt ended in it. It lies there under a key of our own and is evicted, emptied with
+A part-filled block is in the cache, too, if a prompt or a response ended in it. It lies there under a key of our own and is evicted, emptied with
 `reset_prefix_cache`, and overtaken by the full block like any other. What is used is looked up in vLLM's cache at that moment, so the index here
 may forget or be out of date, and is never wrong.
 
@@ -164,12 +164,13 @@ class PrefixReuse:
             if 0 < request.num_computed_tokens < request.num_prompt_tokens:  # a prompt in pieces
                 self._starting[request_id] = request
             else:
-                self._keep_prompt_tail(request)
+                self._keep_tail(request, request.num_prompt_tokens)
         original()
 
     def _free(self, original: Callable[[Any], None], request: Any) -> None:
-        if self._starting.pop(request.request_id, None) is not None:  # it ended with its first step
-            self._keep_prompt_tail(request)
+        self._starting.pop(request.request_id, None)
+        if self._manager.prefix_cache_lookup_enabled(request) and _is_plain(request):
+            self._keep_tail(request, request.num_tokens)  # a search goes on from here, and branches start in it
         original(request)
 
     def _reset_prefix_cache(self, original: Callable[[], bool]) -> bool:
@@ -222,12 +223,12 @@ class PrefixReuse:
         num_taken = sum(block.ref_cnt == 0 for block in blocks)
         return num_new + num_taken + self._manager.watermark_blocks <= self._pool.get_num_free_blocks()
 
-    def _keep_prompt_tail(self, request: Any) -> None:
-        """Puts the part-filled block at the end of a computed prompt into the cache, if it adds anything to what is there."""
-        num_computed = min(request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens - 1)
+    def _keep_tail(self, request: Any, num_tokens: int) -> None:
+        """Puts the part-filled block at the end of a request's first tokens into the cache, as far as they are computed, if it adds anything."""
+        num_computed = min(request.num_computed_tokens, num_tokens, request.num_tokens - 1)
         number, length = divmod(num_computed, self._block_size)
         blocks = self._blocks_of.get(request.request_id, ())
-        if not length or number >= len(blocks) or blocks[number].is_null or blocks[number].block_hash is not None:
+        if not length or number >= len(blocks) or blocks[number].is_null or (blocks[number].block_hash_num_tokens or 0) >= num_computed:
             return
         parent, start = self._parent(request, number), number * self._block_size
         tokens = tuple(request.all_token_ids[start:num_computed])
@@ -237,6 +238,7 @@ class PrefixReuse:
         key = self._make_key(digest, GROUP)
         if self._pool.cached_block_hash_to_block.get_one_block(key) is not None:
             return
+        self._pool._remove_cached_block_hashes(blocks[number])  # the prompt's tail, which the longer one begins with
         blocks[number].set_block_hash(key, num_tokens=num_computed)
         self._pool.cached_block_hash_to_block.insert(key, blocks[number])
         self._index.add(parent, tokens, key, blocks[number].block_id, step=self._step, before=length)
@@ -355,8 +357,8 @@ def _missing(scheduler: Any) -> str:
     attributes = [
         (manager, ["watermark_blocks", "prefix_cache_lookup_enabled", "take_kv_cache_block_copies"]),
         (group, ["req_to_blocks", "_has_partial_local_hit", "_partial_hit_reqs", "_apply_cow"]),
-        (pool, ["num_gpu_blocks", "get_num_free_blocks"]),
-        (pool.blocks[0], ["ref_cnt", "is_null", "block_hash"]),
+        (pool, ["num_gpu_blocks", "get_num_free_blocks", "_remove_cached_block_hashes"]),
+        (pool.blocks[0], ["ref_cnt", "is_null", "block_hash", "block_hash_num_tokens"]),
         (request, ["num_tokens", "num_prompt_tokens", "num_computed_tokens", "num_preemptions", "all_token_ids", "block_hashes"]),
         (request, ["lora_request", "cache_salt", "mm_features", "prompt_embeds"]),
         (scheduler, ["requests"]),
