@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from openrl_reason.core.batch import TokenBatch
     from openrl_reason.evaluation.value_estimators import PrefixValues
 
-STATES_PER_CALL = 256
-"""A call of the value model has at most so many states, so that the searches of the first ones go on while the others are valued."""
+STATES_PER_CALL = 32
+"""A call of the value model has at most so many states: the searches of the first ones go on while the others are valued. All of a run start together,
+and their first steps end together; the engines would have nothing to do until the last of them has its value."""
 
 
 class PolledPool(Protocol):
