@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -53,15 +55,51 @@ def write_json(path: str | Path, value: Any) -> None:
         raise
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what killed writers left in ``folder``. A finished folder caught in mid-replacement is put back."""
-    for leftover in Path(folder).glob(f"{_REPLACED}*"):
+@contextmanager
+def sole_writer(path: str | Path) -> Iterator[bool]:
+    """Waits until no other process on the machine writes ``path`` under this, and keeps others waiting until the block ends.
+
+    Yields whether that can be relied on: some shared disks have no locks. A process that dies lets go. The lock is ``.<name>.lock`` beside ``path``.
+    """
+    path = Path(path)
+    name, handle = path.parent / f".{path.name}.lock", None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(name)
+    except OSError:  # what is wrong with the disk is told by who writes to it
+        pass
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            name.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(name: Path) -> int:
+    """A handle of the locked file ``name``, which whoever holds the lock deletes at its end: what was waited for may be no longer the file."""
+    while True:
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if name.exists() and os.path.samestat(os.fstat(handle), name.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def remove_unfinished(folder: str | Path, name: str = "") -> None:
+    """Deletes what killed writers left in ``folder``, or only of its entry ``name``. A finished folder caught in mid-replacement is put back."""
+    own = f"{glob.escape(name)}-{'[0-9a-f]' * 8}" if name else "*"
+    for leftover in Path(folder).glob(f"{_REPLACED}{own}"):
         original = leftover.parent / leftover.name.removeprefix(_REPLACED).rsplit("-", 1)[0]
         if original.exists():
             shutil.rmtree(leftover)
         else:
             os.rename(leftover, original)
-    for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
+    for leftover in Path(folder).glob(f"{_UNFINISHED}{own}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openrl_reason.atomic import naming_disk_errors, write_json
+from openrl_reason.atomic import naming_disk_errors, sole_writer, write_json
 from openrl_reason.core.batch import TokenBatch
 from openrl_reason.core.seeds import content_id
 from openrl_reason.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ class ReferenceCache:
         kinds = {"logprobs": (np.float32, ()), "done": (np.uint8, None)}
         if hidden_size:
             kinds["hidden"] = (np.uint16 if dtype == "bfloat16" else np.float32, (hidden_size,))
-        with naming_disk_errors(self.folder):
+        with sole_writer(self.folder), naming_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_manifest()
             self._arrays = {name: self._array(name, *kind) for name, kind in kinds.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrl_reason import errors
-from openrl_reason.atomic import atomic_folder
+from openrl_reason.atomic import atomic_folder, remove_unfinished, sole_writer
 from openrl_reason.config import require
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_formats import Layout, detect_layout
@@ -103,14 +103,20 @@ def build_store(
     parts = tuple(
         (source, layout, part) for source, layout in zip(sources, layouts, strict=True) for part in plan_parts(source, config.split, _PART_BYTES)
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with atomic_folder(folder) as temporary:
-        job = Job(config, tokenizer_path, str(temporary), parts, trust_remote_code)
-        shards, counts = _run(job, sum(map(source_bytes, sources)), say)
-        if not shards:
-            raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)})")
-        finish_store(temporary, shards, counts, layouts[0].kind, key)
+    with sole_writer(folder) as is_sole:
+        if is_sole:
+            remove_unfinished(folder.parent, folder.name)
+            store = _present(folder, key, lambda _: None)
+            if store is not None:
+                say(f"token store {folder}: another run has built it meanwhile")
+                return store
+        with atomic_folder(folder) as temporary:
+            job = Job(config, tokenizer_path, str(temporary), parts, trust_remote_code)
+            shards, counts = _run(job, sum(map(source_bytes, sources)), say)
+            if not shards:
+                raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)})")
+            finish_store(temporary, shards, counts, layouts[0].kind, key)
     store = TokenStore.open(folder)
     say(f"token store: {_described(counts)}; {store.num_tokens} tokens, {time.perf_counter() - started:.1f} s, in {folder}")
     return store

@@ -132,6 +132,10 @@ def _excerpt(text: str, position: int) -> str:
     return repr(text[max(0, position - 20) : position + 20])
 
 
+_LISTS_OF_A_ROW = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "completions", "labels"}
+"""A JSON file that holds one object with such a list holds one row, and not a table under a name."""
+
+
 def _read_json(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -147,7 +151,7 @@ def _read_json(file: Path, on_bad: OnBad | None) -> Iterator[Row]:
         raise DataError(f"{file}: malformed JSON: {error}") from None
     if isinstance(value, dict):
         lists = [key for key, entry in value.items() if isinstance(entry, list)]
-        if lists:
+        if lists and not _LISTS_OF_A_ROW & set(lists):
             raise DataError(f"{file}: expected a list of objects, found an object with the lists {', '.join(lists)}; save one of them")
         value = [value]
     if not isinstance(value, list):
@@ -215,7 +219,7 @@ def _import_datasets(purpose: str):
 
 def is_saved_folder(folder: Path) -> bool:
     """Whether datasets' ``save_to_disk`` wrote it."""
-    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
 
 
 def _read_saved(folder: Path, split: str, part: Part) -> Iterator[Row]:
@@ -227,8 +231,13 @@ def _read_saved(folder: Path, split: str, part: Part) -> Iterator[Row]:
 
 
 def load_saved(folder: Path, split: str) -> Any:
-    """The ``datasets.Dataset`` of a folder. Raises DataError if it has several splits, and not this one."""
-    loaded = _import_datasets(f"reading the folder {folder}").load_from_disk(str(folder))
+    """The ``datasets.Dataset`` of a folder. Raises DataError if it is damaged, or has several splits, and not this one."""
+    datasets = _import_datasets(f"reading the folder {folder}")
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{folder} looks like a folder saved by datasets, but cannot be read: {cause}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
             raise DataError(f"{folder} has no split {split!r}; there are: {', '.join(loaded)}")

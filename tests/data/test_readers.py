@@ -1,10 +1,12 @@
 """Files are read whole or refused with the file and the line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from openrl_reason.data.readers import iter_rows, read_rows
+from openrl_reason.data.sources import expand
 from openrl_reason.errors import DataError
 
 ROWS = [{"question": "1+1?", "answer": "2", "n": 1}, {"question": "caf\u00e9\n?", "answer": "3", "n": 2}]
@@ -106,6 +108,26 @@ def test_a_folder_saved_by_datasets_is_read(tmp_path):
     assert len(read_rows(tmp_path / "two", split="train")) == 2
     with pytest.raises(DataError, match="no split 'test'; there are: train"):
         read_rows(tmp_path / "two", split="test")
+
+
+def test_a_folder_that_only_looks_like_one_saved_by_datasets_is_no_traceback(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "dataset_info.json").write_text("{}")  # as hub repositories have it beside their files
+    (tmp_path / "a.jsonl").write_text('{"q": 1}')
+    assert [Path(source.path).name for source in expand([str(tmp_path)])] == ["a.jsonl"]
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="looks like a folder saved by datasets, but cannot be read"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_of_one_conversation_is_one_row(tmp_path, indent):
+    file, row = tmp_path / "rows.json", {"messages": [{"role": "user", "content": "a"}], "reward": 1}
+    file.write_text(json.dumps(row, indent=indent))
+    assert [found.values for found in iter_rows(file)] == [row]
+    file.write_text(json.dumps({"version": 1, "data": [row]}))
+    with pytest.raises(DataError, match="an object with the lists data; save one of them"):
+        list(iter_rows(file))
 
 
 def test_csv_files_of_pandas_with_long_fields_and_wrong_bytes(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -264,6 +265,24 @@ def test_a_build_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path, mo
     with pytest.raises(DataError, match=r"rows\.jsonl:10: column 'reward' holds 'b'"):
         build(tmp_path, None, model)
     assert TokenStore.open(store.folder).identity == store.identity
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.jsonl", "store"]
+
+
+def test_what_a_killed_build_left_goes_and_what_others_left_stays(tmp_path, model):
+    for name in (".unfinished-store-0123abcd", ".unfinished-store-2-0123abcd", ".unfinished-notes"):
+        (tmp_path / name / "shards").mkdir(parents=True)
+    build(tmp_path, responses(3), model)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".unfinished-notes", ".unfinished-store-2-0123abcd", "rows.jsonl", "store"]
+
+
+def test_of_two_runs_that_want_one_store_at_once_one_builds_it(tmp_path, model):
+    write_lines(tmp_path / "rows.jsonl", responses(9))
+    config, said = OfflineDataConfig(path=(str(tmp_path / "rows.jsonl"),), max_length=64), []
+    with ThreadPoolExecutor(2) as threads:
+        stores = [threads.submit(build_store, config, model, tmp_path / "store", say=said.append) for _ in range(2)]
+    assert stores[0].result().trajectory(3).token_ids.tolist() == stores[1].result().trajectory(3).token_ids.tolist()
+    assert sorted(text.split(":")[0] for text in said)[0] == "token store" and len(said) == 2
+    assert sum("kept" in text for text in said) == 1
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.jsonl", "store"]
 
 
