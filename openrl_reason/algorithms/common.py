@@ -81,11 +81,9 @@ def check_reference(path: str, tokenizer: Any, length: int, *, flag: str, trust_
     Raises:
         ConfigError, DataError: as ``checked_tokenizer``, or the two read other token ids.
     """
-    own = checked_tokenizer(path, length, flag=flag, trust_remote_code=trust_remote_code).get_vocab()
-    others = sorted((number, token) for token, number in tokenizer.get_vocab().items() if own.get(token) != number)
-    if others:
-        number, token = others[0]
-        raise DataError(f"--{flag} {path} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
+    from openrl_reason.models.loading import check_same_ids
+
+    check_same_ids(checked_tokenizer(path, length, flag=flag, trust_remote_code=trust_remote_code), tokenizer, f"--{flag} {path}")
 
 
 def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any], side_by_side: bool = True) -> list[Any]:
@@ -178,7 +176,7 @@ def check_adapters(config: Any) -> None:
             trained_parameters(model, local_path(model.path or config.policy.path), name=entry.name)
 
 
-def estimate_memory(policy: TrainedModelConfig, *, name: str = "policy", engines: Any = None, reference: Any = None) -> str:
+def estimate_memory(policy: TrainedModelConfig, *, name: str = "policy", trained: bool = True, engines: Any = None, reference: Any = None) -> str:
     """Bytes of weights, gradients and Adam states over all actors (activations and KV cache come on top).
 
     ``reference``: settings with a ``path`` (empty: the policy's), ``num_ranks`` and ``zero_stage``.
@@ -187,12 +185,13 @@ def estimate_memory(policy: TrainedModelConfig, *, name: str = "policy", engines
     if not count:
         return "unknown: the model is not a local folder"
     width = {"float32": 4, "bfloat16": 2}
-    ranks, trained = policy.num_ranks, trained_parameters(policy, policy.path, name=name)
-    held = count + (trained if policy.lora.rank else 0)  # adapters stand beside the weights, which then have no gradient
+    ranks, adapted = policy.num_ranks, trained_parameters(policy, policy.path, name=name)
+    held = count + (adapted if policy.lora.rank else 0)  # adapters stand beside the weights, which then have no gradient
     weights = held * width[policy.dtype] * (1 if policy.zero_stage == 3 else ranks)
-    gradients = trained * 4 * (1 if policy.zero_stage >= 2 else ranks)
+    learned = adapted if trained else 0
+    gradients = learned * 4 * (1 if policy.zero_stage >= 2 else ranks)
     master = 0 if policy.dtype == "float32" and policy.zero_stage == 0 else 4
-    optimizer = trained * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
+    optimizer = learned * (8 + master) * (1 if policy.zero_stage >= 1 else ranks)
     parts = [(name, weights + gradients + optimizer)]
     if engines is not None:
         parts.append(("engines", engines.num_engines * count * width[engines.dtype]))

@@ -112,7 +112,8 @@ class OREOTrainer(Trainer):
             return self.update_both(batch)
         pending = self.policy.logprobs_async(batch), self.critic.values_async(batch)
         logprobs, values = pending[0].result()["logprobs"], pending[1].result()["values"]
-        target = self.policy.logprobs(batch, average=True)["logprobs"] if self.config.algo.ema_decay else logprobs
+        averaged = self.config.algo.ema_decay and not self.config.algo.critic_only  # a policy that stays as it is is its own average
+        target = self.policy.logprobs(batch, average=True)["logprobs"] if averaged else logprobs
         if frozen:
             return self.update_critic(batch, target) | {"train/policy_frozen": 1.0}, logprobs, values
         if self.config.placement.colocate:
@@ -253,7 +254,7 @@ class OREOTrainer(Trainer):
             ("policy", describe_model(config.policy) + ("; not trained" if algo.critic_only else "")),
             ("critic", describe_model(critic)),
             ("reference", self.reference.describe()),
-            ("memory of the weights", f"{estimate_memory(config.policy)}, {estimate_memory(critic, name='critic')}"),
+            ("memory of the weights", f"{estimate_memory(config.policy, trained=not algo.critic_only)}, {estimate_memory(critic, name='critic')}"),
         ]
 
     def build(self, placement: Placement, stack: contextlib.ExitStack) -> None:
@@ -264,11 +265,11 @@ class OREOTrainer(Trainer):
         trained = max(self.run.steps - self._frozen_steps, 1)
         self.policy, self.critic = (
             ModelGroup.start(config, role=role, placement=placement, seed=seed, total_steps=steps, timeout_s=config.timeout_s, wait=False)
-            for config, role, steps in ((policy, "policy", trained), (critic, "critic", self.run.steps))
+            for config, role, steps in ((policy, "policy", None if self.config.algo.critic_only else trained), (critic, "critic", self.run.steps))
         )
         for group in (self.policy, self.critic):
             stack.callback(group.close)
-        if self.config.algo.ema_decay:
+        if self.config.algo.ema_decay and not self.config.algo.critic_only:
             self.policy.start_average(self.config.algo.ema_decay)
         self.reference.prepare(self.store, self._used_rows, self.folder / "reference")
         self.reference.build(self.policy, self._used_rows, placement, stack, seed=seed)
@@ -281,12 +282,14 @@ class OREOTrainer(Trainer):
                 "reference.path": config.reference.path}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"kl": self.kl.state_dict()}
+        return super().state() | {"kl": self.kl.state_dict(), "frozen_steps": self._frozen_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         if self.config.algo.kl.target and "log_coefficient" in state["kl"]:  # a fixed coefficient is what the flag says now
             self.kl.load_state_dict(state["kl"])
+        if self.config.algo.freeze_ratio:  # of the steps that were planned at first: more epochs do not freeze the policy again
+            self._frozen_steps = int(state.get("frozen_steps", self._frozen_steps))
 
     def export(self, folder: Path) -> None:
         """The policy into ``folder``, and the critic beside it into ``critic``, head included."""
@@ -300,7 +303,9 @@ class OREOTrainer(Trainer):
         self.critic.export_hf(folder / "critic_model")
 
     def load_workers(self, folder: Path) -> None:
-        self.policy.load_state(folder / "policy")
+        taken = self.policy.load_state(folder / "policy")
+        if not self.config.algo.critic_only:
+            self.policy.set_schedule(max(taken + self.run.steps - max(self.done, self._frozen_steps), 1), taken)
         self.critic.load_state(folder / "critic")
 
 

@@ -158,5 +158,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         )
 
 
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises DataError where ``tokenizer``, that of the model at ``where``, reads a token of the policy's as another one. It may have more."""
+    own = tokenizer.get_vocab()
+    others = [(number, token) for token, number in policy.get_vocab().items() if own.get(token) != number]
+    if others:
+        number, token = min(others)
+        raise DataError(f"{where} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openrl_reason.config import require
 from openrl_reason.core.segments import shift_into_segments
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.loading import DTYPES, load_config, load_tokenizer, position_limit
+from openrl_reason.models.loading import DTYPES, check_same_ids, load_config, load_tokenizer, position_limit
 from openrl_reason.models.policy import packed_hidden_states
 
 if TYPE_CHECKING:
@@ -74,16 +74,13 @@ def check_scalar_folder(path: str, tokenizer: Any, length: int, *, flag: str, tr
     """
     where = f"--{flag} {path}"
     try:
-        config, own = load_config(path, trust_remote_code=trust_remote_code), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+        config, own = load_config(path, trust_remote_code=trust_remote_code), load_tokenizer(path, trust_remote_code=trust_remote_code)
     except (ConfigError, DataError) as error:
         raise type(error)(f"--{flag}: {error}") from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise DataError(f"{where} has {config.vocab_size} embeddings, but the policy's tokenizer has token id {largest}: the vocabularies differ")
-    others = [(number, token) for token, number in tokenizer.get_vocab().items() if own.get(token) != number]
-    if others:
-        number, token = min(others)
-        raise DataError(f"{where} has another tokenizer than the policy (they differ at id {number}, {token!r}): it would read other texts")
+    check_same_ids(own, tokenizer, where)
     positions = position_limit(config)
     if positions and positions < length:
         raise DataError(f"{where} has {positions} positions, and sequences have up to {length} tokens")

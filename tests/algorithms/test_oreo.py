@@ -51,8 +51,10 @@ def make_trainer(path, tmp_path, trajectories, *, cut=None, colocate=True, cache
     store = MemoryStore(trajectories)
     trainer = OREOTrainer(config, store=store)
     trainer.store, trainer._frozen_steps = store, 0
-    trainer.policy, trainer.critic = (LocalGroup(ModelWorker(c, total_steps=100, role=r), cut) for c, r in ((policy, "policy"), (critic, "critic")))
-    if config.algo.ema_decay:
+    only_run = config.algo.critic_only
+    trainer.policy = LocalGroup(ModelWorker(policy, total_steps=None if only_run else 100, role="policy"), cut)
+    trainer.critic = LocalGroup(ModelWorker(critic, total_steps=100, role="critic"), cut)
+    if config.algo.ema_decay and not only_run:
         trainer.policy.start_average(config.algo.ema_decay)
     rows = np.arange(len(store))
     trainer.reference.prepare(store, rows, tmp_path / "reference")
@@ -156,7 +158,7 @@ def test_at_the_start_values_are_zero_residuals_minus_the_reward_and_kl_zero(pat
 
 
 def test_frozen_steps_and_critic_only_leave_the_policy_alone(path, tmp_path):
-    trainer = make_trainer(path, tmp_path, responses(), critic_only=True)
+    trainer = make_trainer(path, tmp_path, responses(), critic_only=True, ema_decay=0.9)
     before = [p.clone() for p in trainer.policy.worker.model.parameters()]
     history = train(trainer)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.worker.model.parameters(), strict=True))
@@ -166,6 +168,11 @@ def test_frozen_steps_and_critic_only_leave_the_policy_alone(path, tmp_path):
     assert "train/policy_loss" not in train(trainer, 1)[0]
     trainer.done = 2
     assert "train/policy_loss" in train(trainer, 1)[0]
+    trainer.loader = SimpleNamespace(identity="the same")
+    longer = make_trainer(path, tmp_path / "longer", responses(), freeze_ratio=0.5)  # resumed with more epochs
+    longer.loader, longer._frozen_steps = trainer.loader, 20
+    longer.load_state(trainer.state())
+    assert longer._frozen_steps == 2
 
 
 def test_lora_scores_its_own_reference_and_needs_no_group(path, tmp_path):
