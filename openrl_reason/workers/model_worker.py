@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openrl_reason.atomic import naming_disk_errors
 from openrl_reason.core.seeds import derive_seed
@@ -19,8 +19,10 @@ from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import check_vocabulary, load_causal_lm, load_output_head, load_tokenizer
 from openrl_reason.models.policy import LanguageModel, ModelOutput
 from openrl_reason.models.scalar_model import ScalarModel, load_scalar_model
-from openrl_reason.workers.deepspeed_engine import ParkedMemory, build_engine, clips_itself, gathered, init_process_group, resident_tensors
+from openrl_reason.workers.deepspeed_engine import ParkedMemory, build_engine, clips_itself, init_process_group, resident_tensors
+from openrl_reason.workers.metric_sum import MetricSum
 from openrl_reason.workers.model_config import ModelConfig, ScalarModelConfig, TrainedModelConfig, learning_rate
+from openrl_reason.workers.model_weights import load_full_tensors, named_full_tensors
 from openrl_reason.workers.weight_average import WeightAverage
 
 if TYPE_CHECKING:
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
 LossFunction = Callable[[ModelOutput, "TokenBatch", dict[str, float]], tuple[Tensor, dict[str, Any]]]
 """(outputs, micro_batch, denominators) -> (loss, metrics). The loss is a contribution to the global loss: a sum over the micro-batch,
 divided by a denominator of the whole batch. Metrics add up over micro-batches and ranks, unless their names end in ``/max`` or ``/min``."""
-
-GATHER_BYTES = 256 << 20
-"""ZeRO-3 makes about this many bytes of parameters whole at a time when weights are published or exported."""
 
 
 class ModelWorker:
@@ -71,7 +70,7 @@ class ModelWorker:
         self._parked: ParkedMemory | None = None
         self._held: list[ModelOutput] = []
         self._prefix_scorer: PrefixScorer | None = None
-        self._metrics, self._seconds = _MetricSum(), 0.0  # of the optimiser step under way
+        self._metrics, self._seconds = MetricSum(), 0.0  # of the optimiser step under way
         self.average: WeightAverage | None = None
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
@@ -223,7 +222,7 @@ class ModelWorker:
         if not last:
             return {}, kept
         metrics, seconds = self._metrics, self._seconds
-        self._metrics, self._seconds = _MetricSum(), 0.0
+        self._metrics, self._seconds = MetricSum(), 0.0
         optimizer_metrics = self._optimizer_step()
         metrics.add({"seconds/forward_backward/max": seconds, "seconds/optimizer/max": time.perf_counter() - middle})
         reduced = metrics.reduce(self.world_size)
@@ -288,30 +287,8 @@ class ModelWorker:
     # ---- weights -------------------------------------------------------------------------------------------------------------------
 
     def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, LoRA merged, tied weights once.
-
-        Under ZeRO-3 this gathers, in buckets, on all ranks: every rank must run the iterator to its end. A tensor is valid until the next
-        one is asked for.
-        """
-        from openrl_reason.models.lora import adapted_layers, merged_weight
-
-        adapted = adapted_layers(self.model.model)
-        entries: list[tuple[str, nn.Module | None, list[nn.Parameter]]] = []
-        for name, parameter in self.model.model.named_parameters():
-            if ".lora_" in name:
-                continue
-            owner = adapted.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
-            needed = [parameter] + ([owner.lora_A["default"].weight, owner.lora_B["default"].weight] if owner is not None else [])
-            entries.append((name.replace(".base_layer.", "."), owner, needed))
-        for bucket in _buckets(entries):
-            with gathered([p for _, _, needed in bucket for p in needed]):
-                for name, owner, needed in bucket:
-                    if owner is None:
-                        yield name, needed[0].detach()
-                    else:
-                        with torch.no_grad():
-                            merged = merged_weight(owner)
-                        yield name, merged
+        """(Hugging Face name, whole tensor) of every weight, see ``model_weights.named_full_tensors``. Every rank must run it to its end."""
+        return named_full_tensors(self.model.model)
 
     def publish_weights(self, sender: Any, version: int) -> Any:
         """Sends the weights through ``sender.send(iterator of (name, tensor), version)`` on rank 0; returns what that returns, there."""
@@ -343,26 +320,11 @@ class ModelWorker:
         # The arrays lie read-only in shared memory; they are copied from, never written.
         self.load_full_tensors((name, torch.from_numpy(array.copy()).view(getattr(torch, dtype))) for name, dtype, array in weights)
 
-    @torch.no_grad()
     def load_full_tensors(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrites the weights of a model that is only run (a reference refresh). Collective under ZeRO-3."""
         assert not self.trained, "a model in training keeps its master weights: resume it from a checkpoint instead"
         self._prefix_scorer = None  # what it keeps was computed with other weights
-        parameters = dict(self.model.model.named_parameters())
-        missing = set(parameters)
-        for name, tensor in named_tensors:
-            if name not in parameters or self._full_shape(parameters[name]) != tensor.shape:
-                raise ConfigError(f"weight {name} {tuple(tensor.shape)} does not fit the {self.role} model: another architecture")
-            with gathered([parameters[name]], modify=True):
-                if self.rank == 0 or not hasattr(parameters[name], "ds_id"):
-                    parameters[name].copy_(tensor)
-            missing.discard(name)
-        if missing:
-            raise ConfigError(f"the copied weights lack {sorted(missing)[0]} (and {len(missing) - 1} more) of the {self.role} model")
-
-    @staticmethod
-    def _full_shape(parameter: nn.Parameter) -> torch.Size:
-        return torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+        load_full_tensors(self.model.model, named_tensors, is_first=self.rank == 0, role=self.role)
 
     def export_hf(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes a complete Hugging Face folder from rank 0. Collective. ``dtype``: float32, bfloat16 or None for the model's own."""
@@ -419,50 +381,3 @@ class ModelWorker:
 def _inference_config(config: ModelConfig) -> ModelConfig:
     """The plain ModelConfig part, so that no optimiser is built."""
     return ModelConfig(**{name: config.__dict__[name] for name in ModelConfig.__dataclass_fields__})
-
-
-def _buckets(entries: list[tuple[str, Any, list[nn.Parameter]]]) -> Iterator[list[tuple[str, Any, list[nn.Parameter]]]]:
-    """Consecutive runs of entries whose whole parameters take about GATHER_BYTES."""
-    bucket, size = [], 0
-    for entry in entries:
-        bytes_here = sum((p.ds_numel if hasattr(p, "ds_numel") else p.numel()) * p.element_size() for p in entry[2])
-        if bucket and size + bytes_here > GATHER_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(entry)
-        size += bytes_here
-    if bucket:
-        yield bucket
-
-
-class _MetricSum:
-    """Adds metrics up over micro-batches on the device, and over ranks in one exchange."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            value = torch.as_tensor(value).detach().to(torch.float64)
-            self.values[name] = value if name not in self.values else _combine(name, self.values[name], value)
-
-    def reduce(self, world_size: int) -> dict[str, float]:
-        local = {name: float(value) for name, value in self.values.items()}
-        if world_size == 1:
-            return local
-        # Names travel with the values, so a rank that reports other metrics than its neighbours cannot shift theirs.
-        gathered_metrics: list[dict[str, float]] = [{}] * world_size
-        torch.distributed.all_gather_object(gathered_metrics, local)
-        total: dict[str, float] = {}
-        for metrics in gathered_metrics:
-            for name, value in metrics.items():
-                total[name] = value if name not in total else float(_combine(name, total[name], value))
-        return total
-
-
-def _combine(name: str, left: Any, right: Any) -> Any:
-    if name.endswith("/max"):
-        return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
-    if name.endswith("/min"):
-        return torch.minimum(torch.as_tensor(left), torch.as_tensor(right))
-    return left + right
