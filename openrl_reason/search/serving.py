@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from openrl_reason.evaluation.value_estimators import PrefixValues
 
 STATES_PER_CALL = 32
-"""A call of the value model has at most so many states: the searches of the first ones go on while the others are valued. All of a run start together,
-and their first steps end together; the engines would have nothing to do until the last of them has its value."""
+"""A call of the value model has at most so many states: the searches of the first ones go on while the others are valued. All of a run start
+together, and their first steps end together; the engines would have nothing to do until the last of them has its value."""
 
 
 class PolledPool(Protocol):
