@@ -1,5 +1,6 @@
 """OREO's step equals a straight line over padded batches, however it is cut; the reference's cache; what the regulariser is for."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,9 +235,9 @@ def test_a_disk_that_is_too_small_is_refused_at_once(tmp_path):
 # ---- the regulariser and its controller --------------------------------------------------------------------------------------------------
 
 
-def train_on_incomplete_data(alpha, value, num_steps=400):
-    """Three actions, of which the data hold two (rewards -1 and 1), from a uniform policy and a critic that says ``value``."""
-    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+def train_on_incomplete_data(alpha, value, num_steps=400, start=(0.0, 0.0, 0.0)):
+    """Three actions, of which the data hold two (rewards -1 and 1), from a policy with logits ``start`` and a critic that says ``value``."""
+    logits = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     value = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [logits], "lr": 0.1}, {"params": [value], "lr": 0.02}], betas=(0.9, 0.95))
     cu_seqlens, mask, reference = torch.tensor([0, 1, 2]), torch.tensor([True, True]), torch.full((3,), 1 / 3, dtype=torch.float64).log()
@@ -255,6 +256,10 @@ def test_without_the_regulariser_an_action_that_nobody_took_may_win_and_with_it_
     """Any large enough value solves the equations of the two actions that were taken, with the rest of the probability on the third."""
     value, chances, loss = train_on_incomplete_data(0.0, 3.0)
     assert value > 1.2 and chances[2] > 0.95 and loss < 1e-4, (value, chances, loss)
+    # Even so far from all rewards nothing pulls back: V = 9.5 and a policy that takes neither action solve them exactly.
+    far = [(reward - 9.5) / 0.1 for reward in (-1.0, 1.0)]
+    value, chances, loss = train_on_incomplete_data(0.0, 9.5, start=(*far, math.log(3)))
+    assert value == pytest.approx(9.5, abs=1e-6) and chances[2] == pytest.approx(1.0) and loss < 1e-12, (value, chances, loss)
     for start in (0.0, 3.0):
         value, chances, loss = train_on_incomplete_data(0.01, start, 800)
         assert value == pytest.approx(0.96, abs=0.01) and chances == pytest.approx([0.0, 0.5, 0.5], abs=0.01), (start, value, chances)
