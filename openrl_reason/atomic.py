@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,6 +19,12 @@ from openrl_reason.errors import CheckpointError
 
 _UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+"""Locks may not reach other machines, so what these left is not ours to delete on the strength of one."""
+
+
+def _tag() -> str:
+    return _HOST + uuid.uuid4().hex[:8]
 
 
 @contextmanager
@@ -27,7 +35,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises CheckpointError, naming ``path``, if the disk refuses (full, read-only, no permission).
     """
     path = Path(path)
-    temporary = path.parent / f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary = path.parent / f"{_UNFINISHED}{path.name}-{_tag()}"
     try:
         with naming_disk_errors(path):
             temporary.mkdir(parents=True)
@@ -42,7 +50,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON so that ``path`` holds either the old or the new content, even after a power cut."""
     path = Path(path)
-    temporary = path.parent / f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary = path.parent / f"{_UNFINISHED}{path.name}-{_tag()}"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
@@ -82,8 +90,10 @@ def _locked(name: Path) -> int:
         handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if name.exists() and os.path.samestat(os.fstat(handle), name.stat()):
+            if os.path.samestat(os.fstat(handle), name.stat()):
                 return handle
+        except FileNotFoundError:
+            pass
         except BaseException:
             os.close(handle)
             raise
@@ -91,8 +101,9 @@ def _locked(name: Path) -> int:
 
 
 def remove_unfinished(folder: str | Path, name: str = "") -> None:
-    """Deletes what killed writers left in ``folder``, or only of its entry ``name``. A finished folder caught in mid-replacement is put back."""
-    own = f"{glob.escape(name)}-{'[0-9a-f]' * 8}" if name else "*"
+    """Deletes what killed writers left in ``folder``, or only what this machine's left of its entry ``name``. A finished folder caught in
+    mid-replacement is put back."""
+    own = f"{glob.escape(name)}-{_HOST}{'[0-9a-f]' * 8}" if name else "*"
     for leftover in Path(folder).glob(f"{_REPLACED}{own}"):
         original = leftover.parent / leftover.name.removeprefix(_REPLACED).rsplit("-", 1)[0]
         if original.exists():
@@ -123,7 +134,7 @@ def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
     else:
-        old = path.parent / f"{_REPLACED}{path.name}-{uuid.uuid4().hex[:8]}"
+        old = path.parent / f"{_REPLACED}{path.name}-{_tag()}"
         os.rename(path, old)
         os.rename(new, path)
         shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from openrl_reason.atomic import atomic_folder
 from openrl_reason.core.trajectory import StopReason, Trajectory, write_jsonl, write_parquet
 from openrl_reason.data import offline_build, store_writer
 from openrl_reason.data.offline import OfflineDataConfig, OfflineLoader, TokenStore, build_store, split_held_out
@@ -269,10 +270,18 @@ def test_a_build_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path, mo
 
 
 def test_what_a_killed_build_left_goes_and_what_others_left_stays(tmp_path, model):
-    for name in (".unfinished-store-0123abcd", ".unfinished-store-2-0123abcd", ".unfinished-notes"):
-        (tmp_path / name / "shards").mkdir(parents=True)
+    def left_by_a_killed_writer(name):
+        with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / name) as folder:
+            (folder / "shards").mkdir()
+            folder.rename(tmp_path / "kept")
+            raise KeyboardInterrupt
+        (tmp_path / "kept").rename(folder)
+        return folder.name
+
+    names = [left_by_a_killed_writer(name) for name in ("store", "store-2")] + [".unfinished-store-of-another-machine"]
+    (tmp_path / names[2]).mkdir()
     build(tmp_path, responses(3), model)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".unfinished-notes", ".unfinished-store-2-0123abcd", "rows.jsonl", "store"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*names[1:], "rows.jsonl", "store"])
 
 
 def test_of_two_runs_that_want_one_store_at_once_one_builds_it(tmp_path, model):
