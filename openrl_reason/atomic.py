@@ -11,7 +11,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Everything is fsynced before the rename. A folder already at ``path`` is replaced, and is untouched until the new one is complete.
     Raises CheckpointError, naming ``path``, if the disk refuses (full, read-only, no permission).
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link to a folder on another disk stays one
     temporary = path.parent / f"{_UNFINISHED}{path.name}-{_tag()}"
     try:
         with naming_disk_errors(path):
@@ -69,7 +69,7 @@ def sole_writer(path: str | Path) -> Iterator[bool]:
 
     Yields whether that can be relied on: some shared disks have no locks. A process that dies lets go. The lock is ``.<name>.lock`` beside ``path``.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     name, handle = path.parent / f".{path.name}.lock", None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,9 @@ def sole_writer(path: str | Path) -> Iterator[bool]:
         yield handle is not None
     finally:
         if handle is not None:
-            name.unlink(missing_ok=True)
+            with suppress(OSError):
+                name.unlink(missing_ok=True)
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle, too
             os.close(handle)
 
 
@@ -107,11 +109,15 @@ def remove_unfinished(folder: str | Path, name: str = "") -> None:
     for leftover in Path(folder).glob(f"{_REPLACED}{own}"):
         original = leftover.parent / leftover.name.removeprefix(_REPLACED).rsplit("-", 1)[0]
         if original.exists():
-            shutil.rmtree(leftover)
+            _delete(leftover)
         else:
             os.rename(leftover, original)
     for leftover in Path(folder).glob(f"{_UNFINISHED}{own}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager

@@ -53,10 +53,12 @@ class ReferenceCache:
             kinds["hidden"] = (np.uint16 if dtype == "bfloat16" else np.float32, (hidden_size,))
         with sole_writer(self.folder), naming_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_manifest()
-            self._arrays = {name: self._array(name, *kind) for name, kind in kinds.items()}
+            is_new = self._is_new()
+            self._arrays = {name: self._array(name, *kind, is_new) for name, kind in kinds.items()}
+            if is_new:
+                write_json(self.folder / "manifest.json", self.key)  # when its files are there
 
-    def _check_manifest(self) -> None:
+    def _is_new(self) -> bool:
         manifest = self.folder / "manifest.json"
         if manifest.exists():
             try:
@@ -65,7 +67,7 @@ class ReferenceCache:
                 found = None
             if found != json.loads(json.dumps(self.key)):
                 raise DataError(f"{manifest} is not that of this model and these data: delete {self.folder} to have it computed again")
-            return
+            return False
         needed, free = cache_bytes(int(self.offsets[-1]), self.hidden_size, self._dtype), shutil.disk_usage(self.folder).free
         if needed > FREE_SHARE * free:
             raise ConfigError(
@@ -74,16 +76,17 @@ class ReferenceCache:
             )
         for leftover in self.folder.glob("*.bin"):
             leftover.unlink()
-        write_json(manifest, self.key)
+        return True
 
-    def _array(self, name: str, dtype: Any, tail: tuple[int, ...] | None) -> np.memmap:
+    def _array(self, name: str, dtype: Any, tail: tuple[int, ...] | None, is_new: bool) -> np.memmap:
         shape = (len(self.offsets) - 1,) if tail is None else (int(self.offsets[-1]), *tail)
         path, size = self.folder / f"{name}.bin", int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if not path.exists():
+        if is_new:
             with path.open("wb") as file:
                 os.truncate(file.fileno(), size)  # a hole in the file: tokens of prompts never take any disk
-        elif path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size} bytes where {size} are due: delete {self.folder} to have it computed again")
+        elif not path.exists() or path.stat().st_size != size:
+            found = f"has {path.stat().st_size} bytes" if path.exists() else "is not there,"
+            raise DataError(f"{path} {found} where {size} are due: delete {self.folder} to have it computed again")
         return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
     def missing(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

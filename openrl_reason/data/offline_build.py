@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrl_reason import errors
-from openrl_reason.atomic import atomic_folder, remove_unfinished, sole_writer
+from openrl_reason.atomic import atomic_folder, naming_disk_errors, remove_unfinished, sole_writer
 from openrl_reason.config import require
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_formats import Layout, detect_layout
@@ -90,7 +91,7 @@ def build_store(
     Uses the Ray that is connected, or starts one for the time of the build. Raises DataError for bad rows (file and line), for files of
     different layouts and where no row is left; ConfigError for settings that cannot work with this tokenizer."""
     require(bool(config.path), "data.path", "", "name a file, a folder of files or a hub name")
-    folder = Path(config.store or folder).absolute()
+    folder = Path(os.path.realpath(config.store or folder))
     tokenizer_path = str(Path(tokenizer_path).absolute()) if Path(tokenizer_path).exists() else tokenizer_path
     sources = expand(config.path)
     inside = [source.path for source in sources if folder in Path(source.path).parents]
@@ -106,7 +107,8 @@ def build_store(
     started = time.perf_counter()
     with sole_writer(folder) as is_sole:
         if is_sole:
-            remove_unfinished(folder.parent, folder.name)
+            with naming_disk_errors(folder):
+                remove_unfinished(folder.parent, folder.name)
             store = _present(folder, key, lambda _: None)
             if store is not None:
                 say(f"token store {folder}: another run has built it meanwhile")

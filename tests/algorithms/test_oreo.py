@@ -210,6 +210,12 @@ def test_another_model_or_other_data_get_another_cache_and_damage_is_noticed(tmp
     (cache.folder / "logprobs.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="logprobs.bin has 5 bytes where 28 are due"):
         ReferenceCache(tmp_path, {"model": "a", "data": "x"}, lengths)
+    (cache.folder / "logprobs.bin").unlink()
+    with pytest.raises(DataError, match="logprobs.bin is not there, where 28 are due"):
+        ReferenceCache(tmp_path, {"model": "a", "data": "x"}, lengths)
+    (cache.folder / "manifest.json").unlink()  # as if it was killed while it made its files
+    (cache.folder / "logprobs.bin").touch()
+    assert len(ReferenceCache(tmp_path, {"model": "a", "data": "x"}, lengths).missing([0, 1])) == 2
     (cache.folder / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not that of this model"):
         ReferenceCache(tmp_path, {"model": "a", "data": "x"}, lengths)

@@ -284,6 +284,15 @@ def test_what_a_killed_build_left_goes_and_what_others_left_stays(tmp_path, mode
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*names[1:], "rows.jsonl", "store"])
 
 
+def test_a_link_to_a_folder_on_another_disk_stays_one(tmp_path, model):
+    (tmp_path / "big" / "store").mkdir(parents=True)
+    (tmp_path / "store").symlink_to(tmp_path / "big" / "store")
+    for length in (64, 40, 32):
+        store = build(tmp_path, responses(3), model, max_length=length)
+        assert store.folder == tmp_path / "big" / "store" and (tmp_path / "store").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big", "rows.jsonl", "store"]
+
+
 def test_of_two_runs_that_want_one_store_at_once_one_builds_it(tmp_path, model):
     write_lines(tmp_path / "rows.jsonl", responses(9))
     config, said = OfflineDataConfig(path=(str(tmp_path / "rows.jsonl"),), max_length=64), []
