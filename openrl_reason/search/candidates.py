@@ -138,7 +138,7 @@ class StepReader:
         check_step_kind(kind)
         self.tokenizer, self.kind, self.response_stop, self.step_tokens, self.value_eos = tokenizer, kind, stop, step_tokens, value_eos
         self._ends = stop_strings(kind)
-        # The limit of a step's tokens may cut such a delimiter in two, which then the engine does not see.
+        # The limit of a step's tokens may cut such a delimiter in two, or the token that ends a step begin it; then the engine does not see it.
         self._ends_can_be_cut = any(len(end) > 1 for end in self._ends or ())
 
     @property
@@ -152,7 +152,7 @@ class StepReader:
         count = stop_across(parent.response, ids, self._decode, self.response_stop)
         if count is not None:
             finish, is_open = Finish.STOP_STRING, False
-        elif self._ends is None or (parent.is_open and self._ends_can_be_cut):
+        elif self._ends is None or self._ends_can_be_cut:
             count = first_boundary(self.tokenizer, parent.response, ids, self.kind)
             finish, is_open = (finish, is_open) if count is None else (None, False)
         count = len(ids) if count is None else count

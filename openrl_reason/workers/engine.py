@@ -133,6 +133,7 @@ class RolloutEngine:
         started = time.perf_counter()
         self._unfinished.update((request.request_id, request) for request in new_requests)
         if self._held:
+            self._held.release(self._add)  # one that ended with its first step leads nobody any more
             self._held.admit(new_requests, self._add)
         else:
             for request in new_requests:

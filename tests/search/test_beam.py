@@ -7,9 +7,12 @@ import random
 import pytest
 
 from openrl_reason.core.steps import split_steps, stop_strings
+from openrl_reason.core.trajectory import StopReason
 from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.models.tiny import make_tokenizer
 from openrl_reason.search.beam import BeamSettings, beam_search
-from openrl_reason.search.candidates import Finish
+from openrl_reason.search.candidates import Candidate, Finish, Problem, StepReader
+from openrl_reason.workers.rollout_config import Completion
 from tests.search.scripted import END, ScriptedPool, answers, by_number, ids_of, problem, reader, run, text_of
 
 
@@ -220,6 +223,19 @@ def test_steps_end_where_the_splitter_cuts(kind):
     if kind in ("newline", "newline_sentence", "fixed:4", "react", "gsm8k"):  # a boundary of these does not move with what comes later
         assert found == expected
     assert outcome.counts["generated_tokens"] == pool.generated_tokens == len(text) + outcome.counts["discarded_tokens"]
+
+
+def test_a_token_that_ends_one_delimiter_and_begins_the_next_hides_no_boundary():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([" ...", " b"])
+    steps, parent, found = StepReader(tokenizer, "newline_sentence"), Candidate(), []
+    for pieces, stopped in ((("a", ".", " ..."), ". "), ((" b", "c", "\n"), "\n")):  # " ..." ends the first ". ", and with " b" makes the next one
+        ids = [tokenizer(piece, add_special_tokens=False)["input_ids"][0] for piece in pieces]
+        completion = Completion("", ids, [0.0] * len(ids), StopReason.STOP_STRING, stopped, policy_version=0, num_cached_tokens=0)
+        one = steps.read(Problem("", (5,), 100), parent, completion)
+        found.append(tokenizer.decode(one.response[len(parent.response) :]))
+        parent = one
+    assert found == ["a. ...", " b"] and one.num_discarded == 2 and not one.is_open
 
 
 def test_a_limit_of_a_steps_tokens_cuts_without_finishing():

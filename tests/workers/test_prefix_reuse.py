@@ -176,6 +176,17 @@ def test_of_one_prompt_submitted_many_times_one_request_computes_it(engines, len
     assert computed(requests, reusing.generate(requests)) == {request.request_id: length if request is requests[0] else 1 for request in requests}
 
 
+def test_a_request_that_ended_with_its_first_step_leads_nobody(engines):
+    reusing = engines[0]
+    reusing.reset_prefix_cache()
+    rng = random.Random(3)
+    prompt = [rng.randrange(5, 261) for _ in range(75)]
+    reusing.generate(branches([prompt], siblings=1, max_new_tokens=1))
+    reusing.reset_prefix_cache()
+    requests = branches([prompt], siblings=6, max_new_tokens=1)
+    assert sorted(computed(requests, reusing.generate(requests)).values()) == [1, 1, 1, 1, 1, 75]
+
+
 def test_prefixes_that_the_engine_has_never_seen_are_computed_once(engines):
     reusing = engines[0]
     reusing.reset_prefix_cache()
