@@ -25,7 +25,7 @@ from openrl_reason.rewards.task_reward import TaskReward
 from openrl_reason.search.config import SearchConfig
 from openrl_reason.search.results import Grader, SearchResult, search_rows
 from openrl_reason.search.run import SearchRun, step_reader
-from openrl_reason.search.serving import BatchedValuer, refuse_without_head
+from openrl_reason.search.serving import STATES_PER_CALL, BatchedValuer, refuse_without_head
 from openrl_reason.tasks.base import Task, load_task
 from openrl_reason.workers.grading import GraderPool
 from openrl_reason.workers.model_config import ScalarModelConfig
@@ -159,7 +159,7 @@ def _start(
         settings = vars(config.scoring) | {"trust_remote_code": config.rollout.trust_remote_code}
         model = ScalarModelConfig(path=local_path(config.critic), **settings)
         group = ModelGroup.start(model, role="critic", placement=placement, seed=config.seed, timeout_s=model.timeout_s, wait=False)
-        valuer = BatchedValuer(PrefixValues(group, round(config.value_cache_gib * 2**30)))
+        valuer = BatchedValuer(PrefixValues(group, round(config.value_cache_gib * 2**30)), STATES_PER_CALL * group.num_ranks)
         stack.callback(valuer.close)
         stack.callback(group.close)  # before the valuer's thread, which may be waiting for it
     graders = GraderPool(config.grader_processes, deadline_s=config.grader_deadline_s)

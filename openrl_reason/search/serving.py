@@ -81,8 +81,8 @@ class BatchedValuer:
     A context manager; ``close`` ends the thread.
     """
 
-    def __init__(self, values: PrefixValues) -> None:
-        self._values = values
+    def __init__(self, values: PrefixValues, states_per_call: int = STATES_PER_CALL) -> None:
+        self._values, self._states_per_call = values, states_per_call
         self._waiting: SimpleQueue[tuple[TokenIds, Future[float]] | None] = SimpleQueue()
         self.counts: Counter[str] = Counter(calls=0, states=0, tokens=0)
         """Calls of the model, states valued, and their tokens."""
@@ -101,7 +101,7 @@ class BatchedValuer:
         while not ended:
             first = self._waiting.get()
             batch, ended = ([first], False) if first is not None else ([], True)
-            while not ended and len(batch) < STATES_PER_CALL:
+            while not ended and len(batch) < self._states_per_call:
                 try:
                     one = self._waiting.get_nowait()
                 except Empty:
