@@ -73,25 +73,27 @@ def sole_writer(path: str | Path) -> Iterator[bool]:
     name, handle = path.parent / f".{path.name}.lock", None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(name)
+        handle = locked(name)
     except OSError:  # what is wrong with the disk is told by who writes to it
         pass
     try:
         yield handle is not None
     finally:
         if handle is not None:
-            with suppress(OSError):
-                name.unlink(missing_ok=True)
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle, too
-            os.close(handle)
+            unlock(name, handle)
 
 
-def _locked(name: Path) -> int:
-    """A handle of the locked file ``name``, which whoever holds the lock deletes at its end: what was waited for may be no longer the file."""
+def locked(name: Path, *, wait: bool = True) -> int:
+    """A handle of the locked file ``name``, which whoever holds the lock deletes at its end: what was waited for may be no longer the file.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+        OSError: the disk has no locks, or refuses the file.
+    """
     while True:
         handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), name.stat()):
                 return handle
         except FileNotFoundError:
@@ -100,6 +102,14 @@ def _locked(name: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def unlock(name: Path, handle: int) -> None:
+    """Lets go of what ``locked`` returned."""
+    with suppress(OSError):
+        name.unlink(missing_ok=True)
+    fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle, too
+    os.close(handle)
 
 
 def remove_unfinished(folder: str | Path, name: str = "") -> None:

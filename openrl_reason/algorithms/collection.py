@@ -32,6 +32,7 @@ from openrl_reason.core.trajectory import Trajectory, write_jsonl, write_parquet
 from openrl_reason.data.pairs import PairBuilder
 from openrl_reason.errors import CheckpointError
 from openrl_reason.evaluation.identity import code_of, model_identity, reward_identity, software_versions
+from openrl_reason.folders import COLLECTION, claimed, refuse_others
 from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, TaskItem, load_task
@@ -56,7 +57,8 @@ def collect_samples(config: CollectConfig, *, task: Task | None = None, reward_f
     require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
     config.check_room()
     path, folder = local_path(config.model), Path(config.output).absolute()
-    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
+    refuse_others(folder, "output", COLLECTION)
+    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, named="model", trust_remote_code=config.rollout.trust_remote_code)
     task = task or load_task(config.task)
     limit = config.rollout.max_model_len - config.sampling.max_new_tokens
     items, num_overlong = within_limit(task, "train", tokenizer, limit, first=config.num_items or None)
@@ -72,15 +74,18 @@ def collect_samples(config: CollectConfig, *, task: Task | None = None, reward_f
         if reward_function is None:
             check_sources(config.reward)
         return {}
-    manifest = _begin(config, folder, blocks)
-    if manifest is not None:
-        print(f"the collection in {folder} is complete: nothing is sampled again")
-    else:
-        if blocks.missing:
-            _sample(config, blocks, path, task, tokenizer, reward_function)
-        manifest = write_data(config, blocks, folder, tokenizer, left_out) | {"model": dict(model_identity(path))}
-        with naming_disk_errors(folder):
-            write_json(folder / "manifest.json", manifest)
+    with naming_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder, "output"):
+        manifest = _begin(config, folder, blocks)
+        if manifest is not None:
+            print(f"the collection in {folder} is complete: nothing is sampled again")
+        else:
+            if blocks.missing:
+                _sample(config, blocks, path, task, tokenizer, reward_function)
+            manifest = write_data(config, blocks, folder, tokenizer, left_out) | {"model": dict(model_identity(path))}
+            with naming_disk_errors(folder):
+                write_json(folder / "manifest.json", manifest)
     print_statistics(manifest["statistics"])
     print(f"data: {folder / 'trajectories'}   manifest: {folder / 'manifest.json'}")
     return manifest
@@ -132,7 +137,6 @@ def _begin(config: CollectConfig, folder: Path, blocks: SampleBlocks) -> dict[st
     """Prepares the folder; the manifest, if the collection is complete. Whatever is half done has a manifest that says so."""
     path, unfinished = folder / "manifest.json", {"format": FORMAT, "finished": False, "config": to_dict(config)}
     with naming_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
     manifest = read_manifest(path) if path.exists() else None
     strangers = [name for name in ("samples", *DATA) if (folder / name).exists()]

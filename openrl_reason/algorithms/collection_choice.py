@@ -57,7 +57,7 @@ class Statistics:
         self._threshold = threshold
         self._counts: Counter[str] = Counter()
         self._statuses: Counter[str] = Counter()
-        self._kept: Counter[str] = Counter()
+        self._kept: Counter[str] = Counter(dict.fromkeys(("kept", "ungraded", "wrong", "truncated", "repeated", "over_limit"), 0))
         self._pairs: Counter[str] = Counter()
 
     def add(self, block: Rollouts, kept: Sequence[Trajectory], counts: Counter[str], pairs: Counter[str]) -> None:

@@ -57,8 +57,10 @@ def local_path(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_len", trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder.
+def checked_tokenizer(
+    path: str, length: int, *, named: str = "policy.path", flag: str = "rollout.max_model_len", trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a model folder, which the flag ``named`` names.
 
     Raises:
         ConfigError: the model has fewer positions than ``length``, the longest sequence, which ``flag`` sets.
@@ -66,24 +68,27 @@ def checked_tokenizer(path: str, length: int, *, flag: str = "rollout.max_model_
     """
     from openrl_reason.models.loading import check_vocabulary, load_config, load_tokenizer, position_limit
 
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    check_vocabulary(tokenizer, config, path)
+    try:
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        check_vocabulary(tokenizer, config, path)
+        count_parameters(path)
+    except DataError as error:
+        raise DataError(f"--{named}: {error}") from error
     positions = position_limit(config)
     require(not positions or length <= positions, flag, length, f"the model has {positions} positions: use at most that")
-    count_parameters(path)
     return tokenizer
 
 
 def check_reference(path: str, tokenizer: Any, length: int, *, flag: str, trust_remote_code: bool = False) -> None:
-    """Whether the model at ``path`` can be the reference of a policy with ``tokenizer``.
+    """Whether the model at ``path``, which ``flag`` names, can be the reference of a policy with ``tokenizer``.
 
     Raises:
         ConfigError, DataError: as ``checked_tokenizer``, or the two read other token ids.
     """
     from openrl_reason.models.loading import check_same_ids
 
-    check_same_ids(checked_tokenizer(path, length, flag=flag, trust_remote_code=trust_remote_code), tokenizer, f"--{flag} {path}")
+    check_same_ids(checked_tokenizer(path, length, named=flag, flag=flag, trust_remote_code=trust_remote_code), tokenizer, f"--{flag} {path}")
 
 
 def start_together(stack: contextlib.ExitStack, *starts: Callable[[], Any], side_by_side: bool = True) -> list[Any]:

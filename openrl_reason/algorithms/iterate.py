@@ -26,12 +26,14 @@ from openrl_reason.algorithms.iterate_manifest import CHOICES, Manifest
 from openrl_reason.algorithms.iterate_summary import summarise
 from openrl_reason.algorithms.sampling import RewardFunction
 from openrl_reason.algorithms.trainer import print_plan
+from openrl_reason.atomic import naming_disk_errors
 from openrl_reason.config import require, save_config
 from openrl_reason.core.seeds import derive_seed
 from openrl_reason.errors import DataError, WorkerError
 from openrl_reason.evaluation.evaluate import EvaluateConfig, evaluate_model
 from openrl_reason.evaluation.identity import model_identity
 from openrl_reason.evaluation.sets import refuse_overlap
+from openrl_reason.folders import ITERATED, claimed, refuse_others
 from openrl_reason.tasks.base import Task, load_task
 
 SEED_BITS = 31
@@ -68,17 +70,21 @@ def iterate(
     require(bool(config.model), "model", config.model, "name a model folder; `openrl-reason make-model` writes a small one")
     run = _Run(config, task, reward_function, stages)
     run.check()
+    refuse_others(run.folder, "output", ITERATED)
     if config.dry_run:
         run.describe()
         return []
-    run.manifest.begin(config, model_identity(run.start))
-    save_config(config, run.folder / "config.yaml")
-    if config.evaluate_start:
-        run.evaluate(None)
-    for number in range(config.rounds):
-        run.collect(number)
-        run.train(number)
-        run.evaluate(number)
+    with naming_disk_errors(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+    with claimed(run.folder, "output"):
+        run.manifest.begin(config, model_identity(run.start))
+        save_config(config, run.folder / "config.yaml")
+        if config.evaluate_start:
+            run.evaluate(None)
+        for number in range(config.rounds):
+            run.collect(number)
+            run.train(number)
+            run.evaluate(number)
     return summarise(run.folder, run.manifest.state, config.eval.intervals, show=True)
 
 
@@ -204,7 +210,7 @@ class _Run:
         """Refuses what cannot work in any round, and training questions among those of the evaluation."""
         config = self.config
         self.algorithm.settings_for(config, self.inputs(0, ("trajectories",)))
-        tokenizer = checked_tokenizer(self.start, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
+        tokenizer = checked_tokenizer(self.start, config.rollout.max_model_len, named="model", trust_remote_code=config.rollout.trust_remote_code)
         task = self.task or load_task(config.task)
         sets = self.evaluate_config(None).eval_sets(task, tokenizer)
         if not config.task.allow_test_data_in_training:

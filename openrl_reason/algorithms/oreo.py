@@ -94,7 +94,7 @@ class OREOTrainer(Trainer):
         if "train/kl" in metrics:
             metrics["train/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["train/kl"], batch.num_sequences)
-        metrics |= {"timing/read": reading, "train/tokens": float(batch.num_tokens), "train/reward": float(batch.sequences["rewards"].mean())}
+        metrics |= {"timing/read": reading, "train/tokens": float(batch.num_tokens), "offline/reward": float(batch.sequences["rewards"].mean())}
         metrics["perf/tokens_per_second"] = batch.num_tokens / (time.perf_counter() - started)
         return metrics
 
@@ -204,7 +204,7 @@ class OREOTrainer(Trainer):
         from openrl_reason.models.scalar_model import check_scalar_folder
 
         config = self.config
-        length, trust = config.data.max_length, config.policy.trust_remote_code
+        length, trust = config.data.max_length if self._given is None else int(self._given.lengths.max()), config.policy.trust_remote_code
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, length, flag="data.max_length", trust_remote_code=trust)
         if config.reference.path:
@@ -219,7 +219,8 @@ class OREOTrainer(Trainer):
         if self.store is None:
             self.store = build_store(config.data, self.model_path, self.folder / "data", trust_remote_code=trust)
         if self.store.kind not in ("responses", "steps"):
-            raise DataError(f"the data are of the kind {self.store.kind!r}: OREO needs responses with a reward (--data.format responses)")
+            remedy = {"pairs": "`dpo` learns from pairs", "labels": "`kto` learns from labels"}.get(self.store.kind, "see --data.format responses")
+            raise DataError(f"the data are of the kind {self.store.kind!r}: OREO needs responses with a reward; {remedy}")
         known = np.asarray(self.store.has_reward, bool)
         rows, held_out = (part[known[part]] for part in split_held_out(self.store, config.eval_fraction, self.run.seed))
         self.held_out = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), config.eval_rows), dtype=int)]  # from all files alike

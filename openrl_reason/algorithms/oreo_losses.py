@@ -170,7 +170,8 @@ def _value_auc(values: Tensor, right: Tensor, owners: Tensor) -> dict[str, float
     runs = firsts.nonzero().squeeze(1)
     lengths = torch.cat([runs, torch.tensor([len(owners)])]).diff()
     position = order - runs.repeat_interleave(lengths)
-    quarter = position * QUARTERS // lengths.repeat_interleave(lengths) if len(owners) else position
+    # By the middle of each state's share of the response: the last of three is in the last quarter, a single one in the third.
+    quarter = (2 * position + 1) * QUARTERS // (2 * lengths.repeat_interleave(lengths)) if len(owners) else position
     found = {"value_auc": auc(values[right], values[~right])}
     for number in range(QUARTERS):
         inside = quarter == number

@@ -71,7 +71,7 @@ class ReferenceCache:
         needed, free = cache_bytes(int(self.offsets[-1]), self.hidden_size, self._dtype), shutil.disk_usage(self.folder).free
         if needed > FREE_SHARE * free:
             raise ConfigError(
-                f"the cache of the reference would take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free at {self.folder}:"
+                f"the cache of the reference would take up to {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free at {self.folder}:"
                 " name another --reference.cache_dir, or use --reference.cache none (the reference then runs beside the policy)"
             )
         for leftover in self.folder.glob("*.bin"):

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from openrl_reason.algorithms.best import MODES, BestModel
 from openrl_reason.algorithms.common import check_adapters
-from openrl_reason.atomic import remove_unfinished
+from openrl_reason.atomic import remove_unfinished, write_json
 from openrl_reason.config import require, save_config, to_dict
 from openrl_reason.errors import CheckpointError, ConfigError
+from openrl_reason.folders import RUN, claimed, refuse_others
 from openrl_reason.observe.breakdown import time_breakdown
 from openrl_reason.observe.plots import plot_curves
 from openrl_reason.observe.report import ReportConfig, report
@@ -156,16 +157,23 @@ class Trainer:
 
     def start(self) -> None:
         """Creates the output folder, starts the actors and, with ``resume``, loads the newest checkpoint."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         from openrl_reason.workers.checkpoint import CheckpointManager
 
+        refuse_others(self.folder, "run.output_dir", RUN)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(claimed(self.folder, "run.output_dir"))
             self.checkpoints = CheckpointManager(self.folder / "checkpoints", keep=self.run.keep_checkpoints)
         except OSError as error:
             raise ConfigError(f"--run.output_dir is {self.run.output_dir!r}: {error.strerror or error}") from None
         checkpoint = self.checkpoints.latest(clean=self.run.resume)
-        if checkpoint and self.run.resume:
-            require(checkpoint.step <= self.run.steps, "run.steps", self.run.steps, f"the run to resume has done {checkpoint.step} steps already")
         if self.run.resume and not checkpoint and (self.folder / "metrics.jsonl").exists():
             print(f"there is no checkpoint in {self.folder}: starting from step 0, its logs are replaced")
         if not self.run.resume and (checkpoint or any(any(self.folder.glob(pattern)) for pattern in self.traces)):
@@ -173,24 +181,24 @@ class Trainer:
                 f"--run.output_dir {self.run.output_dir!r} holds a run already: add --run.resume to continue it, or choose another folder"
             )
         self.prepare()
+        if checkpoint and self.run.resume:
+            remedy = f"the run to resume has done {checkpoint.step} steps already: more --run.steps, or --epochs, continue it"
+            require(checkpoint.step <= self.run.steps, "run.steps", self.run.steps, remedy)
         check_adapters(self.config)
         if self.run.resume:
             remove_unfinished(self.folder)
         self.best.begin(resumed=checkpoint is not None)
         placement = self._stack.enter_context(Placement(self.config.placement, self.roles()))
-        try:
-            self.build(placement, self._stack)
-            if checkpoint:
-                self.done = checkpoint.step
-                self.load_state(checkpoint.state)
-                self.load_workers(checkpoint.path)
-            save_config(self.config, self.folder / "config.yaml")
-            trackers = Trackers(self.run.track, self.folder, start_step=self.done, settings=to_dict(self.config))
-            self.log = RunLog(self.folder, total_steps=self.run.steps, start_step=self.done, headline=self.headline, trackers=trackers)
-            self._stack.callback(self.log.close)
-        except BaseException:
-            self.close()
-            raise
+        self.build(placement, self._stack)
+        if checkpoint:
+            self.done = checkpoint.step
+            self.load_state(checkpoint.state)
+            self.load_workers(checkpoint.path)
+        save_config(self.config, self.folder / "config.yaml")
+        write_json(self.folder / "progress.json", {"total_steps": self.run.steps})  # epochs are settings, too: config.yaml need not say it
+        trackers = Trackers(self.run.track, self.folder, start_step=self.done, settings=to_dict(self.config))
+        self.log = RunLog(self.folder, total_steps=self.run.steps, start_step=self.done, headline=self.headline, trackers=trackers)
+        self._stack.callback(self.log.close)
         if checkpoint:
             self.log.say(f"resumed after step {self.done} from {checkpoint.path}")
 

@@ -109,7 +109,7 @@ def _read_json_lines(file: Path, part: Part = WHOLE, on_bad: OnBad | None = None
             if not line.strip():
                 continue
             try:
-                yield _line_row(f"{file}:{number}", line, number)
+                yield _line_row(f"{file}:{number}", line.rstrip(b"\r\n"), number)
             except DataError as error:
                 if on_bad is None:
                     raise

@@ -44,7 +44,7 @@ def expand(paths: Sequence[str]) -> list[Source]:
         files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
         files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json")
         if not files:
-            raise DataError(f"there is no data file ({', '.join(SUFFIXES)}) in the folder {path}")
+            raise DataError(f"there is no data file ({', '.join((*FOLDER_SUFFIXES, '.json'))}) in the folder {path}: name other files one by one")
         sources += [Source(str(file), str(folder)) for file in files]
     return sources
 

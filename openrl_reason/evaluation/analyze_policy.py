@@ -113,7 +113,7 @@ def _prepare(config: AnalyzePolicyConfig, task: Task | None) -> tuple[EvalSet, A
     from openrl_reason.models.scalar_model import check_scalar_folder
 
     length, trust = config.rollout.max_model_len, config.rollout.trust_remote_code
-    tokenizer = checked_tokenizer(local_path(config.models[0]), length, trust_remote_code=trust)
+    tokenizer = checked_tokenizer(local_path(config.models[0]), length, named="models", trust_remote_code=trust)
     flags = [("models", path) for path in config.models]
     flags += [("reference", config.reference)] if "kl" in config.analyses else []
     for flag, path in flags:

@@ -69,7 +69,7 @@ def analyze_values(
     require(bool(some), "mc", list(config.mc), "there is nothing to analyze: give --mc, --critic, --oreo_critic or --reference")
     check_output_folder(config.output, overwrite=config.overwrite)
     path = local_path(config.model)
-    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
+    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, named="model", trust_remote_code=config.rollout.trust_remote_code)
     check_models(config, tokenizer)
     task = task or load_task(config.task)
     task = task.cut_by(config.step_kind) if config.step_kind else task

@@ -146,7 +146,7 @@ def evaluate_model(config: EvaluateConfig, task: Task | None = None) -> dict[str
         require(not same, "compare_to", config.compare_to, "that is also the --output, which would take its place: give another --output")
     other = read_result(config.compare_to) if config.compare_to else None
     path = local_path(config.model)
-    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
+    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, named="model", trust_remote_code=config.rollout.trust_remote_code)
     sets = config.eval_sets(task or load_task(config.task), tokenizer)
     refuse_leaks(sets)
     for one in sets:

@@ -43,6 +43,8 @@ class Run:
     """config.yaml, or empty."""
     num_damaged: int = 0
     """Lines of metrics.jsonl that are no JSON objects with a step."""
+    total_steps: int | None = None
+    """Of progress.json: steps that are planned, where the config leaves that to the data."""
 
     @property
     def rollouts_path(self) -> Path:
@@ -85,7 +87,15 @@ def read_run(folder: Path, name: str) -> Run:
     if not any(by_event.values()) and not any(json_lines(folder / "rollouts.jsonl")):
         raise DataError(f"{folder} has nothing to show: neither metrics.jsonl nor rollouts.jsonl holds a readable record")
     train, evals = ([rows[step] for step in sorted(rows)] for rows in by_event.values())
-    return Run(name, folder, train, evals, _read_config(folder / "config.yaml"), num_damaged)
+    return Run(name, folder, train, evals, _read_config(folder / "config.yaml"), num_damaged, _read_total(folder / "progress.json"))
+
+
+def _read_total(path: Path) -> int | None:
+    try:
+        total = json.loads(path.read_text(encoding="utf-8"))["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return total if isinstance(total, int) else None
 
 
 def json_lines(path: Path) -> Iterator[Record | None]:
@@ -329,7 +339,7 @@ def wall_seconds(run: Run) -> float:
 def facts(run: Run, *, now: float | None = None) -> list[tuple[str, str]]:
     """(what, value) lines of the header, as far as the config and the log know them."""
     config, done = run.config, int(run.train[-1]["step"]) + 1 if run.train else 0
-    planned = _get(config, "run.steps")
+    planned = run.total_steps or _get(config, "run.steps")
     steps = f"{done} of {planned}" if isinstance(planned, int) else str(done)
     lines = [("algorithm", algorithm(config)), ("steps", steps), ("state", _state(run, done, planned, now))]
     for what, key in (("model", "policy.path"), ("task", "task.name"), ("data", "data.path"), ("seed", "run.seed")):

@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     "Policy": (
         Chart("Loss", ("train/loss", "train/policy_loss", "train/value_loss"), "Over the global batch."),
         Chart("Entropy", ("train/entropy",), "Nats per token. A fall towards zero means that exploration has ended."),
-        Chart("Distance to the reference", ("train/kl",), "KL estimate per token."),
+        Chart("Distance to the reference", ("train/kl",), "KL per token, estimated from the sampled ones or exact (--algo.kl.kind)."),
         Chart("Weight of the KL", ("train/kl_coef",), "Fixed or adaptive."),
         Chart("Clipped tokens", ("train/clip_fraction/*", "train/clip_fraction"), "Share of tokens whose gradient the clip removed.", True),
         Chart("Importance ratio", ("train/ratio/*",), "Present over sampling policy, extremes of a step."),
@@ -103,6 +103,7 @@ def layout(names: Sequence[str]) -> list[dict[str, Any]]:
         groups.append(_group(title, [_take(chart, left) for chart in charts]))
     for title, pattern in ONE_EACH.items():
         groups.append(_group(title, _singles(fnmatch.filter(left, pattern), left)))
+    groups[0]["charts"] += _singles(fnmatch.filter(left, "eval/*"), left)  # of trainers that evaluate on one set, without a name
     groups.append(_group(OTHER, _singles(list(left), left)))
     return [group for group in groups if group["charts"]]
 

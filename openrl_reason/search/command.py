@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def search_model(config: SearchConfig, task: Task | None = None) -> dict[str, fl
         taken = Path(config.output).exists() and not config.overwrite
         require(not taken, "output", config.output, "there is a result of that name: choose another, or pass --overwrite true")
     path = local_path(config.policy)
-    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, trust_remote_code=config.rollout.trust_remote_code)
+    tokenizer = checked_tokenizer(path, config.rollout.max_model_len, named="policy", trust_remote_code=config.rollout.trust_remote_code)
     _check_critic(config, tokenizer)
     task = task or load_task(config.task)
     task = task.cut_by(config.step_kind or task.step_kind)
@@ -182,7 +183,8 @@ def _search(config: SearchConfig, run: SearchRun, grader: Grader) -> Iterator[tu
             yield tuple(results)
     for count in sorted(config.samples) if config.method != "beam" else ():
         one = run.samples(count)
-        majority = grader.result(f"majority-{count}", one, "majority")
+        uncritical = replace(one, cost=replace(one.cost, value_calls=0, states_valued=0, value_tokens=0))  # a vote asks no critic
+        majority = grader.result(f"majority-{count}", uncritical, "majority")
         yield (grader.result(f"best-of-{count}", one, config.answer), majority) if config.method == "best_of_n" else (majority,)
     if config.greedy and config.sampling.temperature > 0:
         yield (grader.result("greedy", run.greedy(), "majority", **GREEDY),)

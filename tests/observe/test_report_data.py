@@ -81,6 +81,8 @@ def test_the_header_knows_steps_state_and_what_the_config_says(tmp_path):
     assert "running" in dict(facts(read_run(folder, "run")))["state"]
     later = (folder / "metrics.jsonl").stat().st_mtime + 3600
     assert dict(facts(read_run(folder, "run"), now=later))["state"].startswith("stopped early")
+    (folder / "progress.json").write_text('{"total_steps": 1}')  # steps that the epochs leave
+    assert dict(facts(read_run(folder, "run")))["steps"] == "1 of 1" and dict(facts(read_run(folder, "run")))["state"] == "finished"
 
 
 def test_the_parts_of_a_step_and_the_rest_make_up_its_time(tmp_path):
@@ -104,6 +106,8 @@ def test_every_metric_is_in_exactly_one_chart_and_bounds_are_in_none():
     drawn = [metric for chart in charts for metric in chart["metrics"]]
     assert sorted(drawn) == sorted(name for name in names if not re.search("pass@1_", name))
     assert [group["title"] for group in layout(names)][0] == "Evaluation"
+    without_set = layout(["eval/value_loss", "train/kl"])
+    assert [(group["title"], group["collapsed"]) for group in without_set][0] == ("Evaluation", False)
 
 
 def test_runs_get_the_shortest_names_that_tell_them_apart(tmp_path):
