@@ -12,13 +12,14 @@ set -euo pipefail
 model="${1:-runs/arithmetic/sft/model}"
 output="${2:-runs/arithmetic/iterate}"
 algorithm="${ALGORITHM:-rejection}"
-own=()
-if [ "$algorithm" = oreo ]; then own=(--critic warm); fi
+critic=fresh
+if [ "$algorithm" = oreo ]; then critic=warm; fi
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 openrl-reason iterate \
     --config "$here/../configs/iterate_arithmetic_cpu.yaml" \
-    --algorithm "$algorithm" ${own[@]+"${own[@]}"} \
+    --algorithm "$algorithm" \
+    --critic "$critic" \
     --model "$model" \
     --output "$output" \
     --seed "${SEED:-0}" \
