@@ -6,20 +6,19 @@
 #   bash examples/scripts/iterate_arithmetic_cpu.sh [model] [output-dir] [flags...]      (default: runs/arithmetic/sft/model, runs/arithmetic/iterate)
 #
 #   ALGORITHM=oreo       another algorithm (default: rejection); settings of both are in examples/configs/iterate_arithmetic_cpu.yaml
+#   CRITIC=fresh         OREO's critic of each round starts anew (default: warm, from that of the round before)
 #   SEED=1               another seed (default: 0)
 set -euo pipefail
 
 model="${1:-runs/arithmetic/sft/model}"
 output="${2:-runs/arithmetic/iterate}"
-algorithm="${ALGORITHM:-rejection}"
-critic=fresh
-if [ "$algorithm" = oreo ]; then critic=warm; fi
+if [ "${ALGORITHM:-}" = oreo ]; then CRITIC="${CRITIC:-warm}"; fi
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 openrl-reason iterate \
     --config "$here/../configs/iterate_arithmetic_cpu.yaml" \
-    --algorithm "$algorithm" \
-    --critic "$critic" \
+    --algorithm "${ALGORITHM:-rejection}" \
+    --critic "${CRITIC:-fresh}" \
     --model "$model" \
     --output "$output" \
     --seed "${SEED:-0}" \
