@@ -65,6 +65,9 @@ class SampleBlocks:
             if keep and about.exists():
                 before = json.loads(about.read_text(encoding="utf-8"))
                 changed = [name for name in {**before, **here} if before.get(name) != here.get(name)]
+                if "sampling" in changed:
+                    old, new = before.get("sampling") or {}, here["sampling"]
+                    changed[changed.index("sampling")] = ", ".join(f"sampling.{name}" for name in {**old, **new} if old.get(name) != new.get(name))
                 if changed:
                     raise CheckpointError(
                         f"the samples in {self.folder} were made with other settings ({', '.join(changed)}): delete them, or choose another"

@@ -195,7 +195,7 @@ def test_a_complete_collection_is_left_alone_and_its_data_is_made_again_if_it_is
     ("changes", "name"),
     [
         ({"seed": 1}, "seed"), ({"max_per_side": 3}, "max_per_side"), ({"rounds": 9}, "rounds"), ({"samples_per_round": 2}, "samples_per_round"),
-        ({"mode": "all"}, "mode"), ({"sampling": SamplingConfig(max_new_tokens=8, top_p=0.9)}, "sampling"), ({"threshold": 0.5}, "threshold"),
+        ({"mode": "all"}, "mode"), ({"sampling": SamplingConfig(max_new_tokens=8, top_p=0.9)}, "sampling.top_p"), ({"threshold": 0.5}, "threshold"),
         ({"questions_per_block": 4}, "block"), ({"num_items": 3}, "num_items"), ({"reward": RewardConfig(no_answer=-1.0)}, "reward"),
         ({"format": "parquet"}, "format"), ({"rows": True}, "rows"), ({"rollout": RolloutConfig(dtype="float32")}, "rollout.dtype"),
         ({"script": {**SCRIPT, "new": "R" * 16}}, "questions"),
