@@ -204,7 +204,7 @@ class OREOTrainer(Trainer):
         from openrl_reason.models.scalar_model import check_scalar_folder
 
         config = self.config
-        length, trust = config.data.max_length if self._given is None else int(self._given.lengths.max()), config.policy.trust_remote_code
+        length, trust = config.data.max_length if self._given is None else int(self._given.lengths.max(initial=1)), config.policy.trust_remote_code
         self.model_path = local_path(config.policy.path)
         self.tokenizer = checked_tokenizer(self.model_path, length, flag="data.max_length", trust_remote_code=trust)
         if config.reference.path:
