@@ -385,3 +385,12 @@ def test_a_reference_with_another_tokenizer_is_refused(path, tmp_path):
     other = type("Other", (), {"get_vocab": lambda self: vocabulary})()
     with pytest.raises(DataError, match="--reference.path .* has another tokenizer than the policy .they differ at id 6"):
         check_reference(str(path), other, 32, flag="reference.path")
+
+
+@pytest.mark.parametrize("trajectories, counts", [([], "'rows': 0"), (responses(4), "'without_reward': 4")])
+def test_data_without_a_rewarded_response_are_refused_with_their_counts(path, trajectories, counts):
+    store = MemoryStore(trajectories)
+    store.has_reward[:] = False
+    config = OREOConfig(data=OfflineDataConfig(path=("given",)), policy=TrainedModelConfig(path=path), critic=ScalarModelConfig(path=path))
+    with pytest.raises(DataError, match=f"no responses to learn from.*{counts}"):
+        OREOTrainer(config, store=store).prepare()
