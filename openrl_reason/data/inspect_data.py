@@ -139,7 +139,7 @@ def print_statistics(statistics: Mapping[str, Any], console: Any = None) -> None
     for name, count in counts.items():
         if name.startswith("bad/"):
             table.add_row("left out: bad row, " + name.removeprefix("bad/").replace("_", " "), str(count))
-    for name in ("truncated", "cut_off", "reward_unknown", "steps_not_told"):
+    for name in ("truncated", "cut_off", "reward_unknown", "steps_not_told", "with_replies_read_only"):
         if counts.get(name):
             table.add_row(f"kept, and {name.replace('_', ' ')}", str(counts[name]))
     table.add_row("sequences, tokens", f"{statistics['sequences']}, {statistics['tokens']}")

@@ -42,8 +42,8 @@ class OfflineDataConfig:
     """How chats become text: tokenizer (its own chat template), chatml, llama3, minicpm, or plain (no role markers). auto: text as it is, and
     messages by the tokenizer's template. Named outright, text too becomes a user's and an assistant's message (but for plain)."""
     first_action_turn: int = -1
-    """Conversations: assistant messages before this index (from 0) are read, not learned. -1: 3 in a column "conversations", as published
-    for ALFWorld (an instruction, the constant "OK", the task, then actions), else 0."""
+    """Conversations: assistant messages before this index (from 0) are read, not learned, and counted. -1: 3 where a conversation begins as
+    published for ALFWorld (an instruction, the constant "OK", the task, then actions), else 0."""
     train_turn_end: bool = True
     """Chats: the end-of-turn token is the policy's, too, so it learns to end its turns. (Published OREO: false.)"""
     eos: str = "eos"

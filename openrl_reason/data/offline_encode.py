@@ -16,11 +16,14 @@ from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Exampl
 from openrl_reason.data.offline_steps import StepMap
 from openrl_reason.data.templates import resolve_template, template_turns
 from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.models.turn_end import end_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANCHOR = 16
+_BLANK_TOKENS = 32
+"""More tokens than this are not looked at for whether they are all blanks."""
 
 
 class Piece(NamedTuple):
@@ -47,6 +50,7 @@ class Encoded:
     question: str
     has_reward: bool = True
     label: bool = False
+    has_replies_read_only: bool = False
     stop_reason: StopReason = StopReason.OFFLINE
     policy_version: int = -1
     behaviour_logprobs: np.ndarray | None = None
@@ -71,6 +75,7 @@ class Encoder:
         self._prefix_ids = _prefix_ids(tokenizer)
         self._needs_anchor = _ids(tokenizer, ["\na"])[0] != _ids(tokenizer, ["\n"])[0] + _ids(tokenizer, ["a"])[0]
         self._steps = StepMap(config.step_kind, tokenizer)
+        self._end_ids = end_token_ids(tokenizer)
         self._largest_id = max(tokenizer.get_vocab().values())
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -104,6 +109,12 @@ class Encoder:
             ids=(trajectory.trajectory_id, trajectory.task_id, trajectory.group_id), info={"source": where} | trajectory.info,
         )  # fmt: skip
 
+    def says_nothing(self, trajectory: Trajectory) -> bool:
+        """Whether the policy's part has no text: nothing but blanks and the token that ends it."""
+        said = trajectory.token_ids[trajectory.action_mask]
+        said = said[~np.isin(said, self._end_ids)]
+        return len(said) <= _BLANK_TOKENS and not self.tokenizer.decode(said, skip_special_tokens=False).strip()
+
     def _cut(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """Steps and their rewards."""
         step_ids, actions = trajectory.step_ids, np.flatnonzero(trajectory.action_mask)
@@ -111,7 +122,7 @@ class Encoder:
         if trajectory.num_steps > 1 or not one_piece or self.config.step_kind == "whole":
             return step_ids, trajectory.rewards
         ids = trajectory.token_ids[actions]
-        closed = ids[-1] == self.tokenizer.eos_token_id
+        closed = ids[-1] in self._end_ids
         said = ids[:-1] if closed else ids
         sentences = self.config.step_kind == "oreo" and BOXED_INSTRUCTION in self.tokenizer.decode(trajectory.prompt_ids, skip_special_tokens=True)
         text = self.tokenizer.decode(said, skip_special_tokens=False)
@@ -211,7 +222,7 @@ class Encoder:
             rewards[-len(example.rewards) :] = example.rewards
         return Encoded(
             example.where, np.asarray(token_ids, np.int32), step_ids, rewards, example.question, has_reward=bool(example.rewards),
-            label=example.label, info={"source": example.where},
+            label=example.label, has_replies_read_only=example.read_only > 0, info={"source": example.where},
         )  # fmt: skip
 
     def _step_of_end(self, piece: Piece, steps: np.ndarray, sentences: bool) -> int:

@@ -52,6 +52,8 @@ class Example:
     """A chat, prompt and replies."""
     first_turn: int = 0
     """The assistant's messages from this index on are the policy's."""
+    read_only: int = 0
+    """Messages of the assistant in a conversation that are context by the settings."""
     whole_turns: bool = False
     """Each of the policy's messages is one step."""
     steps: tuple[str, ...] = ()
@@ -239,8 +241,7 @@ def _messages(row: Row, value: Any, name: str) -> Iterator[Message]:
 def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewarded: bool) -> Example:
     name = _need_name(row, columns.messages, config.messages_key or "conversations")
     messages = tuple(_messages(row, row.values[name], name))
-    published = config.first_action_turn < 0 and name == "conversations"
-    first = _PUBLISHED_FIRST_TURN if published else max(config.first_action_turn, 0)
+    first = config.first_action_turn if config.first_action_turn >= 0 else _PUBLISHED_FIRST_TURN if _begins_as_published(messages) else 0
     actions = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
     if not actions:
         hint = f" at index {first} or later (--data.first_action_turn {config.first_action_turn})" if first else ""
@@ -249,8 +250,14 @@ def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewa
     question = _question(messages[: actions[0]])
     return Example(
         row.where, question, "", "", messages=messages, first_turn=actions[0], whole_turns=not config.split_turns, rewards=rewards,
-        label=bool(rewards and rewards[0] > 0),
+        label=bool(rewards and rewards[0] > 0), read_only=sum(message["role"] == "assistant" for message in messages[:first]),
     )  # fmt: skip
+
+
+def _begins_as_published(messages: Sequence[Message]) -> bool:
+    """Whether a conversation begins as those of ALFWorld do: an instruction, the constant "OK", the task."""
+    start = messages[:_PUBLISHED_FIRST_TURN]
+    return [message["role"] for message in start] == ["user", "assistant", "user"] and start[1]["content"].strip().rstrip(".") == "OK"
 
 
 def _pair(row: Row, columns: Columns, config: OfflineDataConfig) -> list[Example]:

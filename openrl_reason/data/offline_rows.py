@@ -44,7 +44,7 @@ class RowEncoder:
 
     ``counts`` says what became of them: ``rows`` = kept + bad (and of these, ``bad/<reason>``) + empty + prompt_too_long + too_long +
     truncated_left_out + identical (pairs whose sides are equal). Of the kept, ``truncated`` were cut here, ``cut_off`` when they were sampled;
-    ``reward_unknown`` have no reward, ``steps_not_told`` are one step because the tokenizer cannot map steps onto tokens."""
+    ``reward_unknown`` have no reward, ``with_replies_read_only`` begin with replies of the assistant that are context, ``steps_not_told`` are one step because the tokenizer cannot map steps onto tokens."""
 
     def __init__(self, config: OfflineDataConfig, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -87,7 +87,8 @@ class RowEncoder:
         try:
             parsed = parse_row(row, self.layout, self.config)
             if isinstance(parsed, Trajectory):
-                return self.encoder.take(parsed, row.where)
+                taken = self.encoder.take(parsed, row.where)
+                return LeftOut("empty") if self.config.empty == "drop" and self.encoder.says_nothing(parsed) else taken
             if not all(example.prompt or example.messages for example in parsed):
                 raise BadRow("empty_prompt", row.where, "the prompt is empty, so nothing stands before the first token of the response")
             for example in parsed:
@@ -115,6 +116,7 @@ class RowEncoder:
         for side, was_cut in zip(sides, cut, strict=True):
             self.counts["truncated"] += was_cut
             self.counts["cut_off"] += not was_cut and side.stop_reason == StopReason.LENGTH
+            self.counts["with_replies_read_only"] += side.has_replies_read_only
             if self.layout.kind != "sft":
                 self._map_reward(side)
                 self.counts["reward_unknown"] += not side.has_reward

@@ -1,7 +1,7 @@
 """Rows of text to trajectories for supervised fine-tuning, token-exact.
 
 Context and reply are tokenised apart and their ids joined, the way the policy meets them when it samples; the mask is true on the reply
-and its end-of-sequence token. Of a conversation every assistant turn is a reply, and each is one step.
+and the token that ends it. Of a conversation every assistant turn is a reply, and each is one step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.readers import Row, read_rows
 from openrl_reason.data.templates import incremental_turns
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
+from openrl_reason.models.turn_end import turn_end_token
 from openrl_reason.tasks.base import render_chat
 
 if TYPE_CHECKING:
@@ -114,18 +115,18 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
     pieces, is_chat = _pieces(row, config, tokenizer)
     token_ids: list[int] = []
     turns: list[int] = []
-    turn = 0
-    carried = ""
-    for text, learned in pieces:
+    turn, carried = 0, ""
+    for number, (text, learned) in enumerate(pieces):
         if not learned:
             ids = _ids(carried + text, tokenizer, add_special=not is_chat and not token_ids)
-            carried = ""
             token_ids += ids
             turns += [-1] * len(ids)
             continue
-        reply, carried = _cut_after_eos(text, tokenizer, is_chat)
-        ids = _ids(reply, tokenizer)
-        if not is_chat and (not ids or ids[-1] != tokenizer.eos_token_id):
+        # A template may write more after the token that ends the turn (a newline, mostly). Nobody samples that: it belongs to the context.
+        reply, end, carried = _split_end(text, tokenizer) if is_chat else (text, "", "")
+        ids = _ids(reply + end, tokenizer)
+        is_open = not end and (number + 1 == len(pieces) or not is_chat)
+        if is_open and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids.append(tokenizer.eos_token_id)
         token_ids += ids
         turns += [turn] * len(ids)
@@ -142,12 +143,11 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special: bool = F
     return ids
 
 
-def _cut_after_eos(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> tuple[str, str]:
-    """A template may write more after the end-of-turn token (a newline, mostly). Nobody samples that: it belongs to the context."""
-    if not is_chat:
-        return text, ""
-    head, eos, tail = text.partition(tokenizer.eos_token)
-    return head + eos, tail
+def _split_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """(reply, the token that ends it, rest) of what a template made of the assistant's message."""
+    end = tokenizer.eos_token if tokenizer.eos_token in text else turn_end_token(tokenizer)
+    head, found, tail = text.partition(end) if end else (text, "", "")
+    return head, found, tail
 
 
 def _pieces(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Piece], bool]:

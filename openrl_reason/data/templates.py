@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.models.turn_end import find_end
 from openrl_reason.tasks.prompts import render_chat
 
 if TYPE_CHECKING:
@@ -135,17 +136,11 @@ def _split_reply(text: str, content: str, tokenizer: PreTrainedTokenizerBase, wh
     if text[stop:].startswith(blanks):
         stop += len(blanks)
     reply, tail = text[:stop], text[stop:]
-    ends = [(tail.find(token), token) for token in _turn_tokens(tokenizer) if token in tail]
-    if tokenizer.eos_token in tail:
-        ends = [(tail.find(tokenizer.eos_token), tokenizer.eos_token)]
-    if not ends:
+    found = find_end(tail, tokenizer)
+    if found is None:
         return reply, "", tail
-    start, token = min(ends)
+    start, token = found
     return reply, tail[: start + len(token)], tail[start + len(token) :]
-
-
-def _turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(token) for token in tokenizer.get_added_vocab()]
 
 
 def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.errors import DataError
 
-VERSION = 1
-"""Of the layout on disk. Stores of another one are built again."""
+VERSION = 2
+"""Of the layout on disk and of what rows become. Stores of another one are built again."""
 MANIFEST = "manifest.json"
 INDEX = {
     "shard": np.int32, "tokens": np.int32, "prompt_tokens": np.int32, "steps": np.int32, "token_start": np.int64, "step_start": np.int64,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openrl_reason.atomic import atomic_folder
 from openrl_reason.models.loading import DTYPES
+from openrl_reason.models.turn_end import end_token_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -42,10 +43,22 @@ def export_hf(
         config.use_cache = True
         config.save_pretrained(temporary)
         if generation_config is not None:
-            generation_config.save_pretrained(temporary)
+            _with_ends(generation_config, tokenizer).save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _with_ends(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """With the token that ends a turn of the tokenizer's chats among its EOS ids, so that whoever serves the model stops there."""
+    listed = generation_config.eos_token_id
+    ids = [listed] if isinstance(listed, int) else list(listed or [])
+    missing = [token for token in (end_token_ids(tokenizer) if tokenizer is not None else ()) if token not in ids]
+    if not missing:
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.eos_token_id = ids + missing
+    return generation_config
 
 
 def _write_shards(named_tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:

@@ -21,6 +21,7 @@ from typing import Any
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import device_kind, lasting_imports, prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
+from openrl_reason.models.turn_end import end_token_ids
 from openrl_reason.workers.network import node_address
 from openrl_reason.workers.prefix_reuse import HeldRequests, attach
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
@@ -46,7 +47,7 @@ class RolloutEngine:
         self._on_cpu = require("vllm.platforms").current_platform.is_cpu()
         if self._on_cpu:  # torch may have been imported before the variable was set; more threads round differently from batch to batch
             require("torch").set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._eos_ids = read_eos_ids(self.model_path)
+        self._eos_ids = read_eos_ids(self.model_path, config.trust_remote_code)
         self._has_tokenizer = any(_cached(self.model_path, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(seed)))
         reuse = attach(self._engine) if config.prefix_caching and self._reuses_parts else None
@@ -369,8 +370,9 @@ def import_vllm(config: RolloutConfig, model_path: str) -> ModuleType:
     return vllm
 
 
-def read_eos_ids(model_path: str) -> list[int]:
-    """The token ids that end a completion, from ``generation_config.json``, ``config.json`` and the tokenizer of a model; may be empty."""
+def read_eos_ids(model_path: str, trust_remote_code: bool = False) -> list[int]:
+    """The token ids that end a completion, from ``generation_config.json``, ``config.json`` and the tokenizer of a model: its EOS token, and
+    the token with which its chat template ends a turn, which base models do not list. May be empty."""
 
     def read(name: str) -> dict[str, Any]:
         path = _cached(model_path, name)
@@ -380,9 +382,13 @@ def read_eos_ids(model_path: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         found = read(name).get("eos_token_id")
         ids.update([found] if isinstance(found, int) else found or [])
-    eos = read("tokenizer_config.json").get("eos_token")
+    settings = read("tokenizer_config.json")
+    eos = settings.get("eos_token")
     text = eos["content"] if isinstance(eos, dict) else eos
     ids.update(token["id"] for token in read("tokenizer.json").get("added_tokens", []) if token["content"] == text)
+    if settings.get("chat_template") or _cached(model_path, "chat_template.jinja"):
+        tokenizer = require("transformers").AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        ids.update(end_token_ids(tokenizer))
     return sorted(ids)
 
 

@@ -81,10 +81,25 @@ def test_the_constant_ok_is_learned_only_if_asked_for(tokenizer):
     row = {"conversations": [{"role": role, "content": content} for role, content in said], "reward": 1}
     everything = one(row, tokenizer, template="minicpm", eos="none", first_action_turn=0)
     assert tokenizer.decode(everything.token_ids[everything.action_mask]) == "OKa1" and everything.num_steps == 2
+    (published,), encoder = encode(row, tokenizer, template="minicpm", eos="none")
+    assert tokenizer.decode(published.token_ids[published.step_ids >= 0]) == "a1" and encoder.counts["with_replies_read_only"] == 1
     (), encoder = encode(row | {"conversations": row["conversations"][:3]}, tokenizer, template="minicpm", bad_rows="skip")
     assert +encoder.counts == {"rows": 1, "bad": 1, "bad/no_reply": 1}
     with pytest.raises(DataError, match=r"x\.jsonl:1: .*none of the assistant at index 3 or later \(--data.first_action_turn -1\)"):
         encode(row | {"conversations": row["conversations"][:3]}, tokenizer, template="minicpm")
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+@pytest.mark.parametrize("said", [
+    [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")],
+    [("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")],
+    [("user", "Q1"), ("assistant", "A1")],
+])  # fmt: skip
+def test_conversations_that_do_not_begin_as_published_lose_no_reply(column, said, tokenizer):
+    row = {column: [{"role": role, "content": content} for role, content in said], "reward": 1}
+    (encoded,), encoder = encode(row, tokenizer, template="chatml", train_turn_end=False)
+    assert tokenizer.decode(encoded.token_ids[encoded.step_ids >= 0]) == "".join(content for role, content in said if role == "assistant")
+    assert not encoder.counts["with_replies_read_only"]
 
 
 # ---- steps on tokens of more than one character ------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Where a chat template ends turns with another token than EOS, as those of base models do, that token ends a response everywhere."""
+
+import json
+
+import pytest
+
+from openrl_reason.data.readers import Row
+from openrl_reason.data.sft import SFTDataConfig, encode_row
+from openrl_reason.models import export
+from openrl_reason.models.loading import load_causal_lm, load_tokenizer
+from openrl_reason.models.turn_end import end_token_ids, turn_end_token
+from openrl_reason.workers.engine import read_eos_ids
+from tests.data.offline_helpers import byte_tokenizer, encode, one
+from tests.data.test_templates import CHATML, LLAMA3, MINICPM
+from tests.helpers_models import write_tiny_model
+
+PLAIN = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+REFUSES = "{{ raise_exception('no') }}"
+SWALLOWS = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+
+
+def tokenizer_with(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, end", [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MINICPM, ""), (PLAIN, "</s>"), (REFUSES, ""), (SWALLOWS, ""), (None, "")]
+)
+def test_the_token_that_ends_a_turn_is_the_templates(template, end):
+    tokenizer = tokenizer_with(template)
+    assert turn_end_token(tokenizer) == end
+    names = ["</s>", *([end] if end not in ("", "</s>") else [])]
+    assert end_token_ids(tokenizer) == tuple(tokenizer.convert_tokens_to_ids(names))
+
+
+@pytest.mark.parametrize("template, end, between", [(CHATML, "<|im_end|>", "\n<|im_start|>user"), (LLAMA3, "<|eot_id|>", "<|start_header_id|>user")])
+def test_fine_tuning_on_chats_learns_to_end_turns_and_nothing_behind_them(template, end, between):
+    tokenizer = tokenizer_with(template)
+    said = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
+    row = Row("x:1", {"messages": [{"role": role, "content": content} for role, content in said]})
+    ids, turns = encode_row(row, SFTDataConfig(path="x"), tokenizer)
+    replies = [tokenizer.decode([token for token, turn in zip(ids, turns, strict=True) if turn == number]) for number in (0, 1)]
+    assert replies == [f"A1{end}", f"A2{end}"] and turns[-1] == 1, "nothing is left behind the last turn"
+    whole = tokenizer.decode(ids)
+    assert between in whole and tokenizer.apply_chat_template(row.values["messages"], tokenize=False).startswith(whole)
+
+
+def test_a_template_without_an_end_of_turn_still_teaches_to_end():
+    tokenizer = tokenizer_with(MINICPM)
+    ids, turns = encode_row(Row("x:1", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}),
+                            SFTDataConfig(path="x"), tokenizer)  # fmt: skip
+    assert tokenizer.decode([token for token, turn in zip(ids, turns, strict=True) if turn == 0]) == "A</s>"
+
+
+def test_engines_stop_there_and_exports_say_so(tmp_path):
+    path = write_tiny_model(tmp_path / "m")
+    model, tokenizer = load_causal_lm(path, "float32"), load_tokenizer(path)
+    assert read_eos_ids(path) == [1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    before = model.generation_config.eos_token_id
+    folder = export.export_hf(model.named_parameters(), model.config, tokenizer, tmp_path / "out", generation_config=model.generation_config)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, turn_end]
+    assert model.generation_config.eos_token_id == before, "the model's own settings are left alone"
+    (folder / "generation_config.json").unlink()
+    assert read_eos_ids(str(folder)) == [1, turn_end]
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", ""])
+def test_the_end_of_a_sampled_response_extends_its_last_step(end):
+    tokenizer = tokenizer_with(CHATML)
+    record = as_sampled(tokenizer, "ab\ncd\n" + end)
+    assert one(record, tokenizer, step_kind="newline").step_ids[4:].tolist() == [0, 0, 0, 1, 1, 1, *([1] if end else [])]
+
+
+@pytest.mark.parametrize("said, empty", [("</s>", True), ("<|im_end|>", True), (" \n</s>", True), ("<|eot_id|></s>", False), ("a", False)])
+def test_a_sampled_response_without_text_is_left_out_as_a_row_of_text_is(said, empty):
+    tokenizer = tokenizer_with(CHATML)
+    kept, encoder = encode(as_sampled(tokenizer, said), tokenizer)
+    assert encoder.counts["empty"] == int(empty) and len(kept) == 1 - empty
+    kept, encoder = encode(as_sampled(tokenizer, said), tokenizer, empty="keep")
+    assert encoder.counts["empty"] == 0 and len(kept) == 1
+
+
+def as_sampled(tokenizer, text):
+    """The record of a response that an engine sampled, in one piece."""
+    from openrl_reason.core.trajectory import Trajectory
+
+    prompt, response = tokenizer("Q1?", add_special_tokens=True)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Trajectory.from_completion(prompt, response, None, task_id="q", group_id="q", sample_index=0, reward=1.0).to_record()
