@@ -232,6 +232,21 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
+def changed_settings(config: Any, path: Path) -> list[str]:
+    """``flag old -> new`` of each setting that differs from those saved in ``path``; none if that cannot be read."""
+    try:
+        before = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return []
+
+    def changes(old: Any, new: Any, flag: str) -> list[str]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            return [change for name in new if name in old for change in changes(old[name], new[name], f"{flag}.{name}" if flag else name)]
+        return [f"--{flag} {json.dumps(old, default=str)} -> {json.dumps(new, default=str)}"] if old != new else []
+
+    return changes(before, json.loads(json.dumps(to_dict(config), default=str)), "")
+
+
 def require(condition: bool, flag: str, value: Any, remedy: str) -> None:
     """Raises ``ConfigError`` naming the flag, its value and what would work, unless ``condition`` holds."""
     if not condition:

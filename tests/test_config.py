@@ -6,7 +6,7 @@ import pytest
 
 from openrl_reason.algorithms.reinforce import ReinforceConfig
 from openrl_reason.algorithms.sft import SFTConfig
-from openrl_reason.config import flag_names, parse_config, save_config, split_words, to_dict
+from openrl_reason.config import changed_settings, flag_names, parse_config, save_config, split_words, to_dict
 from openrl_reason.errors import ConfigError
 from openrl_reason.evaluation.evaluate import EvaluateConfig
 
@@ -177,3 +177,18 @@ def test_files_may_stand_anywhere_between_flags():
     words = ["--metric", "pass@4", "a.json", "--common_items", "b.json", "--output=x.json"]
     assert split_words(CompareConfig, words) == (["a.json", "b.json"], ["--metric", "pass@4", "--common_items", "--output=x.json"])
     assert split_words(CompareConfig, ["--common_items", "false", "a"]) == (["a"], ["--common_items", "false"])
+
+
+def test_settings_that_differ_from_saved_ones_are_named_with_both_values(tmp_path):
+    from openrl_reason.algorithms.oreo_config import OREOConfig
+
+    file = tmp_path / "config.yaml"
+    before = parse_config(OREOConfig, ["--data.path", "a.jsonl"], prog="oreo")
+    save_config(before, file)
+    assert changed_settings(before, file) == []
+    now = parse_config(OREOConfig, ["--data.path", "b.jsonl", "--algo.level", "step", "--algo.kl.coef", "0.1"], prog="oreo")
+    assert changed_settings(now, file) == [
+        '--data.path ["a.jsonl"] -> ["b.jsonl"]', '--algo.level "token" -> "step"', "--algo.kl.coef 0.01 -> 0.1",
+    ]  # fmt: skip
+    file.write_text("{")
+    assert changed_settings(now, file) == [] == changed_settings(now, tmp_path / "none.yaml")

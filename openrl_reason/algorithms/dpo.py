@@ -43,7 +43,7 @@ from openrl_reason.data.offline import build_store
 from openrl_reason.data.pair_store import pair_store
 from openrl_reason.data.pairs import Pair, PairBuilder, PairData, pair_samples, read_pairs
 from openrl_reason.errors import DataError
-from openrl_reason.evaluation.identity import model_identity
+from openrl_reason.evaluation.identity import model_identity, weights_identity
 from openrl_reason.rewards.build import check_sources
 from openrl_reason.rewards.config import describe_rewards
 from openrl_reason.tasks.base import Task, load_task
@@ -340,6 +340,7 @@ class DPOTrainer(Trainer):
             "batch_size": self.config.batch_size,
             "training pairs": self._pairs_identity,
             "reference_path": self.config.reference_path,
+            "reference": weights_identity(local_path(self.config.reference_path or self.config.policy.path)),
         }
         return own | {"loss.temperature": self.config.loss.temperature, "loss.mean_logprobs": self.config.loss.mean_logprobs}
 

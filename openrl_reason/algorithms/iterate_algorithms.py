@@ -83,7 +83,8 @@ def _kto(group: Any, config: Any, inputs: RoundInputs) -> Any:
 
 def _oreo(group: Any, config: Any, inputs: RoundInputs) -> Any:
     reference, critic = replace(group.reference, path=_other_than_policy(inputs)), replace(group.critic, path=inputs.critic)
-    return replace(group, data=replace(group.data, path=inputs.data), reference=reference, critic=critic)
+    data, algo = replace(group.data, path=inputs.data), replace(group.algo, right_threshold=_mapped_threshold(config, group.data))
+    return replace(group, data=data, algo=algo, reference=reference, critic=critic)
 
 
 def _other_than_policy(inputs: RoundInputs) -> str:
@@ -101,5 +102,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         has_reference=True,
     ),
     "kto": Algorithm("kto", "kto:KTOTrainer", (*_COMMON, "label_threshold", "reference_path"), _kto, has_reference=True),
-    "oreo": Algorithm("oreo", "oreo:OREOTrainer", (*_COMMON, "reference.path", "critic.path"), _oreo, has_reference=True, has_critic=True),
+    "oreo": Algorithm(
+        "oreo", "oreo:OREOTrainer", (*_COMMON, "reference.path", "critic.path", "algo.right_threshold"), _oreo, has_reference=True, has_critic=True,
+    ),
 }  # fmt: skip

@@ -31,7 +31,7 @@ from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
-from openrl_reason.evaluation.identity import model_identity
+from openrl_reason.evaluation.identity import model_identity, weights_identity
 from openrl_reason.workers.placement import Placement, Role
 
 _Parts = Iterable[Sequence[Trajectory]]
@@ -321,6 +321,7 @@ class KTOTrainer(Trainer):
             "loss.z0": self.config.loss.z0,
             "label_threshold": self.config.label_threshold,
             "reference_path": self.config.reference_path,
+            "reference": weights_identity(local_path(self.config.reference_path or self.config.policy.path)),
         }
 
     def export(self, folder: Path) -> None:

@@ -48,6 +48,7 @@ from openrl_reason.core.losses_offline import importance_weights
 from openrl_reason.data.offline import OfflineLoader, build_store, split_held_out
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
+from openrl_reason.evaluation.identity import weights_identity
 from openrl_reason.rewards.base import RewardResult
 from openrl_reason.workers.placement import Placement, Role
 
@@ -98,9 +99,14 @@ class OREOTrainer(Trainer):
         metrics["perf/tokens_per_second"] = batch.num_tokens / (time.perf_counter() - started)
         return metrics
 
+    def right(self, rows: np.ndarray) -> np.ndarray:
+        """bool [len(rows)]: which responses of the store are right (``algo.right_threshold``)."""
+        threshold = self.config.algo.right_threshold
+        return np.asarray(self.store.labels[rows] if threshold is None else self.store.rewards[rows] >= np.float32(threshold), bool)
+
     def next_batch(self, rows: Sequence[int], trajectories: Sequence[Any]) -> TokenBatch:
         """The batch of ``rows`` with states, returns and the reference's scores."""
-        positive = torch.from_numpy(self.store.labels[np.asarray(rows)].astype(np.float32))
+        positive = torch.from_numpy(self.right(np.asarray(rows)).astype(np.float32))
         batch = oreo_batch(TokenBatch.from_trajectories(trajectories), positive, self.config.algo.level)
         return self.reference.attach(rows, batch)
 
@@ -224,7 +230,7 @@ class OREOTrainer(Trainer):
         known = np.asarray(self.store.has_reward, bool)
         rows, held_out = (part[known[part]] for part in split_held_out(self.store, config.eval_fraction, self.run.seed))
         self.held_out = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), config.eval_rows), dtype=int)]  # from all files alike
-        right = int(self.store.labels[rows].sum())
+        right = int(self.right(rows).sum())
         counts = {"rows": len(self.store), "without_reward": int((~known).sum()), "training": len(rows), "held_out": len(held_out)}
         self._counts = counts | {"right": right, "wrong": len(rows) - right, "held_out_used": len(self.held_out)}
         if not len(rows):
@@ -280,7 +286,7 @@ class OREOTrainer(Trainer):
     def order(self) -> dict[str, Any]:
         config = self.config
         return {"run.seed": self.run.seed, "batch_size": config.batch_size, "training responses": self.loader.identity,
-                "reference.path": config.reference.path}  # fmt: skip
+                "reference.path": config.reference.path, "reference": weights_identity(self.reference.path)}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"kl": self.kl.state_dict(), "frozen_steps": self._frozen_steps}

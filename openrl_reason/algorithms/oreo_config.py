@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from openrl_reason.algorithms.trainer import NO_LIMIT, RunConfig
 from openrl_reason.config import require
@@ -47,8 +48,11 @@ class OREOAlgoConfig:
     """importance: upper bound of the log of that weight."""
     clip_log_ratio: float | None = None
     """Hold the summed log-ratios in the critic's target within this distance of 0. null: no bound."""
+    right_threshold: float | None = None
+    """Responses of at least this reward (as the loader maps it) are right: for the hinge and what is told of right and wrong ones. null: those of
+    a positive reward in the file."""
     hinge: float = 0.0
-    """Weight of a penalty on right responses (those with a positive reward in the file) that became less likely than the reference has them."""
+    """Weight of a penalty on right responses that became less likely than the reference has them."""
     ema_decay: float = 0.0
     """The critic's targets come from a moving average of the policy's weights with this decay (published: 0.995). 0: from the policy itself."""
     freeze_ratio: float = 0.0
@@ -65,6 +69,8 @@ class OREOAlgoConfig:
         require(self.average in OREO_AVERAGES, "algo.average", self.average, f"use {', '.join(OREO_AVERAGES)}")
         clip = self.clip_log_ratio
         require(clip is None or clip > 0, "algo.clip_log_ratio", clip, "must be positive, or null for no bound")
+        threshold = self.right_threshold
+        require(threshold is None or isfinite(threshold), "algo.right_threshold", threshold, "use a finite reward, or null")
         require(self.hinge >= 0, "algo.hinge", self.hinge, "must not be negative")
         require(0 <= self.ema_decay < 1, "algo.ema_decay", self.ema_decay, "must be at least 0 (no average) and below 1")
         remedy = "must be at least 0 and below 1; --algo.critic_only trains no policy"

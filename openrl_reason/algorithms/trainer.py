@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from openrl_reason.algorithms.best import MODES, BestModel
 from openrl_reason.algorithms.common import check_adapters
 from openrl_reason.atomic import remove_unfinished, write_json
-from openrl_reason.config import require, save_config, to_dict
+from openrl_reason.config import changed_settings, require, save_config, to_dict
 from openrl_reason.errors import CheckpointError, ConfigError
 from openrl_reason.folders import RUN, claimed, refuse_others
 from openrl_reason.observe.breakdown import time_breakdown
@@ -135,17 +135,18 @@ class Trainer:
         """Takes back what ``state`` gave.
 
         Raises:
-            CheckpointError: the run would see other data than the one that wrote the checkpoint.
+            CheckpointError: the run would see other data, or another reference, than the one that wrote the checkpoint.
         """
         now = self.order()
         changed = [f"{name} was {old!r} and is {now.get(name)!r}" for name, old in state.get("order", {}).items() if now.get(name) != old]
         if changed:
             raise CheckpointError(
-                f"cannot resume, items would be skipped or trained twice: {'; '.join(changed)}. Its settings are in {self.folder / 'config.yaml'}"
+                f"cannot resume: the run would go on with other data, or against another reference, than it began with: {'; '.join(changed)}. Its "
+                f"settings are in {self.folder / 'config.yaml'}"
             )
 
     def order(self) -> dict[str, Any]:
-        """What the items of a step depend on, besides its number."""
+        """What the items of a step depend on, besides its number, and the reference that they are held against."""
         raise NotImplementedError
 
     # ---- what they share -----------------------------------------------------------------------------------------------------
@@ -194,6 +195,8 @@ class Trainer:
             self.done = checkpoint.step
             self.load_state(checkpoint.state)
             self.load_workers(checkpoint.path)
+        changes = changed_settings(self.config, self.folder / "config.yaml") if checkpoint else []
+        changes = [change for change in changes if not change.startswith("--run.resume ")]
         save_config(self.config, self.folder / "config.yaml")
         write_json(self.folder / "progress.json", {"total_steps": self.run.steps})  # epochs are settings, too: config.yaml need not say it
         trackers = Trackers(self.run.track, self.folder, start_step=self.done, settings=to_dict(self.config))
@@ -201,6 +204,8 @@ class Trainer:
         self._stack.callback(self.log.close)
         if checkpoint:
             self.log.say(f"resumed after step {self.done} from {checkpoint.path}")
+        if changes:
+            self.log.say(f"settings changed since: {', '.join(changes)}")
 
     def fit(self) -> None:
         """The whole run. With ``run.dry_run`` it prints the plan and returns."""

@@ -44,7 +44,8 @@ class RowEncoder:
 
     ``counts`` says what became of them: ``rows`` = kept + bad (and of these, ``bad/<reason>``) + empty + prompt_too_long + too_long +
     truncated_left_out + identical (pairs whose sides are equal). Of the kept, ``truncated`` were cut here, ``cut_off`` when they were sampled;
-    ``reward_unknown`` have no reward, ``with_replies_read_only`` begin with replies of the assistant that are context, ``steps_not_told`` are one step because the tokenizer cannot map steps onto tokens."""
+    ``reward_unknown`` have no reward, ``with_replies_read_only`` begin with replies of the assistant that are context, ``steps_not_told`` are one
+    step because the tokenizer cannot map steps onto tokens."""
 
     def __init__(self, config: OfflineDataConfig, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.config, self.layout = config, layout

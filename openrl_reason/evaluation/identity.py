@@ -43,6 +43,12 @@ def model_identity(path: str, *, whole: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def weights_identity(path: str) -> str:
+    """Short and the same wherever the model lies: its fingerprint in ``model_identity``, or a hub name."""
+    found = model_identity(path)
+    return f"{found['weights_fingerprint'][:16]} ({len(found['weights'])} files)" if "weights_fingerprint" in found else path
+
+
 def code_of(what: Any) -> str:
     """A setting as it is; a callable by its source, since its own name is that of a place in memory."""
     if not callable(what):

@@ -1,6 +1,7 @@
 """OREO's step equals a straight line over padded batches, however it is cut; the reference's cache; what the regulariser is for."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from openrl_reason.core.losses import oreo_policy_loss, oreo_value_loss
 from openrl_reason.core.states import state_mask
 from openrl_reason.core.trajectory import Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.errors import ConfigError, DataError
+from openrl_reason.errors import CheckpointError, ConfigError, DataError
 from openrl_reason.workers.model_config import LoraConfig, ScalarModelConfig, TrainedModelConfig
 from openrl_reason.workers.model_worker import ModelWorker
 from tests.algorithms.oreo_reference import LocalGroup, MemoryStore, Settings, StraightLine
@@ -344,6 +345,7 @@ def test_diagnostics_have_the_same_names_whatever_the_batch_holds_and_agree_at_t
 @pytest.mark.parametrize("change, message", [
     (dict(level="word"), "algo.level"), (dict(beta=0.0), "algo.beta"), (dict(freeze_ratio=1.0), "critic_only"), (dict(ema_decay=1.0), "ema_decay"),
     (dict(average="token"), "algo.average"), (dict(kl=OREOKLConfig(kind="none", target=0.1)), "algo.kl.target"),
+    (dict(right_threshold=math.nan), "right_threshold"),
     (dict(kl=OREOKLConfig(kind="k4")), "algo.kl.kind"), (dict(clip_log_ratio=0.0), "clip_log_ratio"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(change, message):
@@ -394,3 +396,33 @@ def test_data_without_a_rewarded_response_are_refused_with_their_counts(path, tr
     config = OREOConfig(data=OfflineDataConfig(path=("given",)), policy=TrainedModelConfig(path=path), critic=ScalarModelConfig(path=path))
     with pytest.raises(DataError, match=f"no responses to learn from.*{counts}"):
         OREOTrainer(config, store=store).prepare()
+
+
+def prepared(path, tmp_path, **settings):
+    config = OREOConfig(data=OfflineDataConfig(path=("given",)), policy=TrainedModelConfig(path=str(path)), critic=ScalarModelConfig(path=str(path)))
+    config = dataclasses_replace(config, **{"run.output_dir": str(tmp_path / "run")} | settings)
+    trainer = OREOTrainer(config, store=MemoryStore(responses()))
+    trainer.prepare()
+    return trainer
+
+
+def test_a_run_does_not_go_on_against_another_reference(path, tmp_path):
+    """Also where the path is the same, or empty: what counts is the model behind it."""
+    state = prepared(path, tmp_path).state()
+    other = write_tiny_model(tmp_path / "other", tied=False, seed=1)
+    with pytest.raises(CheckpointError, match=r"against another reference.*reference was '\w{16} \(1 files\)' and is '\w{16}"):
+        prepared(other, tmp_path).load_state(state)
+    moved = tmp_path / "moved"
+    shutil.copytree(path, moved)
+    prepared(moved, tmp_path).load_state(state)
+
+
+def test_which_responses_are_right_can_be_said(path, tmp_path):
+    """Partial credit, say for a format, is a positive reward of a wrong answer."""
+    trainer = prepared(path, tmp_path)
+    trainer.store.rewards[:] = [0.1, 1.0] * 6
+    trainer.store.labels[:] = True
+    assert trainer.right(np.arange(12)).all()
+    trainer = prepared(path, tmp_path, **{"algo.right_threshold": 1.0})
+    trainer.store.rewards[:], trainer.store.labels[:] = [0.1, 1.0] * 6, True
+    assert trainer.right(np.arange(12)).tolist() == [False, True] * 6
