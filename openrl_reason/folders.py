@@ -11,6 +11,8 @@ from openrl_reason.atomic import locked, unlock
 from openrl_reason.errors import ConfigError
 
 COLLECTION, ITERATED, RUN = "a collection of samples", "an iterated training", "a training run"
+VALUE_NOTE = "values.json"
+"""In the folder of a critic: how it learned its values."""
 _FORMATS = {"openrl_reason.collection.v1": COLLECTION, "openrl_reason.iterate.v1": ITERATED}
 
 

@@ -49,6 +49,7 @@ from openrl_reason.data.offline import OfflineLoader, build_store, split_held_ou
 from openrl_reason.data.token_store import TokenStore
 from openrl_reason.errors import DataError
 from openrl_reason.evaluation.identity import weights_identity
+from openrl_reason.folders import VALUE_NOTE
 from openrl_reason.rewards.base import RewardResult
 from openrl_reason.workers.placement import Placement, Role
 
@@ -302,6 +303,7 @@ class OREOTrainer(Trainer):
         """The policy into ``folder``, and the critic beside it into ``critic``, head included."""
         self.policy.export_hf(folder)
         self.critic.export_hf(folder.parent / "critic")
+        write_json(folder.parent / "critic" / VALUE_NOTE, {"algorithm": "oreo", "level": self.config.algo.level})
 
     def save_workers(self, folder: Path) -> None:
         self.policy.save_state(folder / "policy")

@@ -221,7 +221,8 @@ def _present(folder: Path, key: dict[str, Any], say: Callable[[str], None]) -> T
     if manifest is None:
         say(f"token store {folder}: of another version, built again")
         return None
-    changed = _changes(manifest["key"], key)
+    before = manifest.get("key")
+    changed = _changes(before if isinstance(before, dict) else {}, key)
     if changed:
         say(f"token store {folder}: built again, since it was made with other {', '.join(changed)}")
         return None

@@ -71,10 +71,19 @@ def iter_rows(
 
 
 def _rows(path: str, split: str, part: Part, on_bad: OnBad | None) -> Iterator[Row]:
+    try:
+        yield from _rows_of(path, split, part, on_bad)
+    except OSError as error:  # no permission, a name that is too long, a disk that fails
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _rows_of(path: str, split: str, part: Part, on_bad: OnBad | None) -> Iterator[Row]:
     file = Path(path).expanduser()
     if file.is_dir():
         return _read_saved(file, split, part)
     if not file.exists():
+        if file.is_symlink():
+            raise DataError(f"{path} is a link to {os.readlink(file)}, which is not there")
         if _HUB_NAME.fullmatch(path) and file.suffix not in SUFFIXES:
             return _numbered(load_hub(path, split), f"{path}/{split}", part)
         siblings = os.listdir(file.parent) if file.parent.is_dir() else []
@@ -207,6 +216,8 @@ def _read_parquet(file: Path, part: Part) -> Iterator[Row]:
                     number += 1
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: malformed Parquet: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError) as error:  # a date beyond what Python has, for instance, in whatever column
+        raise DataError(f"{file}: a value that cannot be read: {error} ({type(error).__name__}); leave its column out of the file") from None
 
 
 def _import_datasets(purpose: str):

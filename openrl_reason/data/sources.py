@@ -32,29 +32,39 @@ class Source:
 
 
 def expand(paths: Sequence[str]) -> list[Source]:
-    """The sources in their order; the files of a folder by name. Raises DataError for a folder without any."""
-    sources = []
+    """The sources in their order; the files of a folder by name. Raises DataError for a folder without any, or that cannot be read."""
+    sources: list[Source] = []
     for path in paths:
-        folder = Path(path).expanduser()
-        if not folder.is_dir() or is_saved_folder(folder):
-            sources.append(Source(str(folder.absolute()) if folder.exists() else str(path)))  # tasks have another working directory
-            continue
-        folder = folder.absolute()
-        _refuse_unreadable(folder)
-        files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
-        files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json")
-        if not files:
-            raise DataError(f"there is no data file ({', '.join((*FOLDER_SUFFIXES, '.json'))}) in the folder {path}: name other files one by one")
-        sources += [Source(str(file), str(folder)) for file in files]
+        try:
+            sources += _expanded(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     return sources
+
+
+def _expanded(path: str) -> list[Source]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or is_saved_folder(folder):
+        return [Source(str(folder.absolute()) if folder.exists() else str(path))]  # tasks have another working directory
+    folder = folder.absolute()
+    _refuse_unreadable(folder)
+    files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES and not file.name.startswith("."))
+    files = files or sorted(file for file in folder.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
+    if not files:
+        raise DataError(f"there is no data file ({', '.join((*FOLDER_SUFFIXES, '.json'))}) in the folder {path}: name other files one by one")
+    return [Source(str(file), str(folder)) for file in files]
 
 
 def _refuse_unreadable(folder: Path) -> None:
     """Raises DataError for data in a folder that would be passed over: half of it compressed, or under another name, would halve the data unseen."""
+    lines = any(file.suffix in FOLDER_SUFFIXES for file in folder.iterdir())
     for file in sorted(folder.iterdir()):
         suffixes = [suffix.lower() for suffix in file.suffixes]
-        packed = suffixes[-1:] and suffixes[-1] in _PACKED and len(suffixes) > 1 and suffixes[-2] in SUFFIXES
-        if file.is_file() and (packed or (suffixes[-1:] and suffixes[-1] in FOLDER_SUFFIXES and file.suffix not in FOLDER_SUFFIXES)):
+        if not suffixes or not file.is_file() or file.name.startswith("."):
+            continue
+        packed = suffixes[-1] in _PACKED and len(suffixes) > 1 and suffixes[-2] in SUFFIXES
+        other_case = suffixes[-1] in (*FOLDER_SUFFIXES, *(() if lines else (".json",))) and file.suffix != suffixes[-1]
+        if packed or other_case:
             remedy = "unpack it" if packed else f"rename it to end in {suffixes[-1]}"
             raise DataError(f"{file} would not be read, while other files of the folder are: {remedy}, move it away, or name the files one by one")
 
@@ -78,8 +88,11 @@ def _first_entry(path: Path) -> dict[str, Any] | None:
     """The first object of a JSON list, without reading the list; None where it is something else."""
     size = 1 << 20
     while True:
-        with path.open("rb") as stream:
-            data = stream.read(size)
+        try:
+            with path.open("rb") as stream:
+                data = stream.read(size)
+        except OSError:
+            return None  # reading it as it should be tells what is wrong
         text = data.decode("utf-8-sig", errors="ignore").lstrip()
         start = len(text) - len(text[1:].lstrip()) if text.startswith("[") else -1
         if start < 0 or not text.startswith("{", start):
@@ -95,6 +108,13 @@ def _first_entry(path: Path) -> dict[str, Any] | None:
 def source_identity(source: Source, split: str) -> list[Any]:
     """JSON that changes when the content does. Of files up to 64 MiB that is their hash; of larger ones size, time of change and the hash of 32
     samples of a MiB each; of a hub data set that of its files on this disk."""
+    try:
+        return _identity(source, split)
+    except OSError as error:
+        raise DataError(f"{source.path} cannot be read: {error.strerror or error}") from None
+
+
+def _identity(source: Source, split: str) -> list[Any]:
     path = Path(source.path).expanduser()
     if path.is_file():
         return [source.path, *_file_identity(path)]

@@ -35,6 +35,7 @@ _HEADER = 128
 """Bytes before the data of a one-dimensional .npy file of format 1.0."""
 
 _REPLACED = "the token store in {} was replaced by another one while it was in use: give each choice of settings a --data.store of its own"
+_DAMAGED = "the token store in {} is damaged ({}): delete it, it will be built again"
 
 
 class TokenStore:
@@ -82,10 +83,13 @@ class TokenStore:
         if manifest is None:
             raise DataError(f"there is no token store in {folder}: it has no {MANIFEST} of this version")
         folder = Path(folder).absolute()
-        for file, size in _expected_sizes(folder, manifest):
-            if not file.is_file() or file.stat().st_size != size:
-                raise DataError(f"the token store in {folder} is damaged ({file.name} of {file.parent.name}): delete it, it will be built again")
-        return cls(folder, manifest)
+        try:
+            for file, size in _expected_sizes(folder, manifest):
+                if not file.is_file() or file.stat().st_size != size:
+                    raise DataError(_DAMAGED.format(folder, f"{file.name} of {file.parent.name}"))
+            return cls(folder, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a manifest or an index with other things in it
+            raise DataError(_DAMAGED.format(folder, f"{type(error).__name__}: {error}")) from error
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
         return TokenStore._again, (self.folder, self.identity)
@@ -187,13 +191,18 @@ class _Shard:
 
 def is_store(folder: str | Path) -> bool:
     """Whether the folder is a token store, of whatever version, or a damaged one: nothing else may be replaced by one."""
-    if not (Path(folder) / MANIFEST).is_file():
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
         return False
     try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError:
         manifest = None
-    return (isinstance(manifest, dict) and "token_store" in manifest) or (Path(folder) / "index").is_dir()
+    if isinstance(manifest, dict) and "token_store" in manifest:
+        return True
+    index = {file.name for file in (folder / "index").iterdir()} if (folder / "index").is_dir() else set()
+    own_files = index and index <= {f"{name}.npy" for name in INDEX}  # a damaged manifest: known by its files, and by there being no others
+    return bool(own_files) and {file.name for file in folder.iterdir()} <= {MANIFEST, "index", "shards"}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ def best_of_k(conversation: Sequence[int], candidates: Sequence[Sequence[int]], 
 
     Args:
         conversation: token ids of everything so far, observations included.
-        candidates: token ids of each proposed turn, as they were sampled (with the token that ends a turn, if the environment appends it).
+        candidates: token ids of each proposed turn as they were sampled, without the token that ends a turn: a critic of OREO has learned the
+            state in which that token is to be chosen (``--data.train_turn_end``, the default), and none behind it.
         values: token ids of states -> their values; ``scalar_values`` of a ``LocalCritic`` or a ``ModelGroup``. Equal candidates are valued once.
 
     Raises:

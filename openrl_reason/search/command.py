@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from openrl_reason.evaluation.metrics import as_json
 from openrl_reason.evaluation.recording import RecordingPool
 from openrl_reason.evaluation.sets import EvalSet, SetDefaults, prepare_sets
 from openrl_reason.evaluation.table import print_results, print_table
+from openrl_reason.folders import VALUE_NOTE
 from openrl_reason.rewards.task_reward import TaskReward
 from openrl_reason.search.config import SearchConfig
 from openrl_reason.search.results import Grader, SearchResult, search_rows
@@ -93,6 +95,12 @@ def _check_critic(config: SearchConfig, tokenizer: Any) -> None:
     trusted = config.rollout.trust_remote_code
     check_scalar_folder(config.critic, tokenizer, config.rollout.max_model_len, flag="critic", trust_remote_code=trusted)
     refuse_without_head(config.critic, "critic", trust_remote_code=trusted)
+    note = Path(local_path(config.critic)) / VALUE_NOTE
+    if note.is_file() and json.loads(note.read_text()).get("level") == "step":
+        print(
+            f"WARNING: --critic {config.critic} was trained at the level of steps (oreo --algo.level step): it has learned states between steps, not"
+            " those before the end of a response, by which finished ones are ranked here. Prefer a critic of --algo.level token"
+        )
 
 
 def _check_tokenizer(config: SearchConfig, kind: Any, tokenizer: Any) -> None:

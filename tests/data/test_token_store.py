@@ -250,6 +250,36 @@ def test_a_collection_is_not_taken_for_a_store_nor_a_folder_that_holds_the_data(
         build_store(OfflineDataConfig(path=(str(folder / "rows.jsonl"),), max_length=64), model, folder, say=lambda text: None)
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my app"}', "{", "[]"])
+def test_a_folder_of_another_program_is_left_alone_whatever_its_files_are_called(manifest, tmp_path, model):
+    folder = tmp_path / "store"
+    (folder / "index").mkdir(parents=True)
+    (folder / "manifest.json").write_text(manifest)
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="--data.store: .* is no token store"):
+        build(tmp_path, responses(3), model)
+    assert (folder / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda manifest: manifest.pop("key"), lambda manifest: manifest.pop("shards"), lambda manifest: manifest.pop("statistics"),
+    lambda manifest: manifest.update(key=[]), lambda manifest: manifest.update(num_rows="3"), lambda manifest: manifest.update(shards=[{}]),
+])  # fmt: skip
+def test_a_manifest_that_lost_something_is_built_again(damage, tmp_path, model):
+    store = build(tmp_path, responses(3), model)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    damage(manifest)
+    (store.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert build(tmp_path, responses(3), model).identity == store.identity
+
+
+def test_an_index_whose_bytes_changed_is_built_again(tmp_path, model):
+    store = build(tmp_path, responses(3), model)
+    file = store.folder / "index" / "tokens.npy"
+    file.write_bytes(b"x" * file.stat().st_size)
+    assert build(tmp_path, responses(3), model).identity == store.identity
+
+
 def test_a_folder_that_is_no_store_is_left_alone(tmp_path, model):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.tex").write_text("precious")
