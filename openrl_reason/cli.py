@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 inte
 from __future__ import annotations
 
 import gc
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     prepare_environment()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one, and the run goes on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     gc.set_threshold(100_000, 20, 20)  # a command imports half a million objects that all stay: looking for garbage among them is a quarter of it
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
@@ -212,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpenRLError as error:
         print(f"error: {redact_text(str(error))}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go, which Python would tell at exit
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"interrupted: everything it started is stopped.{COMMANDS[name].interrupted}", file=sys.stderr)
         return 130

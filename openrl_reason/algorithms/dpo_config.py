@@ -96,6 +96,8 @@ class DPOConfig:
         for name in ("epochs", "batch_size", "prompts_per_block", "grader_processes"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        agrees = self.data.max_length in (OfflineDataConfig.max_length, self.max_length)
+        require(agrees, "data.max_length", self.data.max_length, f"--max_length (here {self.max_length}) limits sequences in this command: set that")
         require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must be at least 0 and below 1")
         given = self.pairs.path or self.pairs.trajectories
         require(

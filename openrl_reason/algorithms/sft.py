@@ -67,6 +67,8 @@ class SFTConfig:
         require(self.loss_reduction in ("token", "sequence", "batch"), "loss_reduction", self.loss_reduction, "use token, sequence or batch")
         require(self.eval_items >= 0, "eval_items", self.eval_items, "use 0 for none, or a number of items")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        agrees = self.data.max_length in (SFTDataConfig.max_length, self.max_length)
+        require(agrees, "data.max_length", self.data.max_length, f"--max_length (here {self.max_length}) limits sequences in this command: set that")
         require(
             self.batch_size >= self.policy.num_ranks,
             "batch_size",

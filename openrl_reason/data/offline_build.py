@@ -20,7 +20,7 @@ from openrl_reason import errors
 from openrl_reason.atomic import atomic_folder, naming_disk_errors, remove_unfinished, sole_writer
 from openrl_reason.config import require
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.data.offline_formats import Layout, detect_layout
+from openrl_reason.data.offline_formats import KEYS, Layout, detect_layout
 from openrl_reason.data.offline_rows import RowEncoder
 from openrl_reason.data.readers import Part, iter_rows
 from openrl_reason.data.sources import Source, expand, first_row, first_rows, plan_parts, source_bytes, source_identity
@@ -120,7 +120,8 @@ def build_store(
                 raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)})")
             finish_store(temporary, shards, counts, layouts[0].kind, key)
     store = TokenStore.open(folder)
-    say(f"token store: {_described(counts)}; {store.num_tokens} tokens, {time.perf_counter() - started:.1f} s, in {folder}")
+    twice = store.statistics["duplicates"]
+    say(f"token store: {_described(counts)}; {f'{twice} equal to an earlier one; ' if twice else ''}{store.num_tokens} tokens, {time.perf_counter() - started:.1f} s, in {folder}")
     return store
 
 
@@ -161,12 +162,14 @@ def _layouts(sources: list[Source], config: OfflineDataConfig) -> list[Layout]:
     """Of each source. Raises DataError, naming two files and their columns, where a folder mixes layouts or the whole mixes kinds."""
     layouts: list[Layout] = []
     seen: dict[str, tuple[str, list[str], Layout]] = {}
+    own = {name for name in (getattr(config, f"{purpose}_key") for purpose in KEYS) if name}
     for source in sources:
         names = list(first_row(source, config.split).values)
-        layout = detect_layout(names, config, source.path)
-        if layout.format == "sft" and not source.path.endswith(".json"):  # a first row that lacks its reward must not cost all others theirs
+        # A first row that lacks its reward, or another column that is asked for, must not cost all others theirs.
+        lacks = not own <= set(names) or detect_layout(names, config, source.path).format == "sft"
+        if lacks and not source.path.endswith(".json"):
             names = list(dict.fromkeys(name for row in first_rows(source, config.split, _ROWS_LOOKED_AT) for name in row.values))
-            layout = detect_layout(names, config, source.path)
+        layout = detect_layout(names, config, source.path)
         here = source.path, list(map(str, names)), layout
         layouts.append(layout)
         _check_same(seen.setdefault("", here), here, what=lambda layout: layout.kind)

@@ -12,16 +12,17 @@ import numpy as np
 
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box
+from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box, says_nothing
 from openrl_reason.data.offline_steps import StepMap
-from openrl_reason.data.templates import resolve_template, template_turns
+from openrl_reason.data.templates import early_end, resolve_template, template_turns
+from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.turn_end import end_token_ids
+from openrl_reason.models.turn_end import end_token_ids, end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANCHOR = 16
+_BREAK = "\n"
 _BLANK_TOKENS = 32
 """More tokens than this are not looked at for whether they are all blanks."""
 
@@ -73,9 +74,9 @@ class Encoder:
         self.config, self.tokenizer = config, tokenizer
         self.counts: Counter[str] = Counter()
         self._prefix_ids = _prefix_ids(tokenizer)
-        self._needs_anchor = _ids(tokenizer, ["\na"])[0] != _ids(tokenizer, ["\n"])[0] + _ids(tokenizer, ["a"])[0]
+        self._needs_anchor = marks_beginnings(tokenizer)
         self._steps = StepMap(config.step_kind, tokenizer)
-        self._end_ids = end_token_ids(tokenizer)
+        self._ends, self._end_ids = end_tokens(tokenizer), end_token_ids(tokenizer)
         self._largest_id = max(tokenizer.get_vocab().values())
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -109,8 +110,12 @@ class Encoder:
             ids=(trajectory.trajectory_id, trajectory.task_id, trajectory.group_id), info={"source": where} | trajectory.info,
         )  # fmt: skip
 
-    def says_nothing(self, trajectory: Trajectory) -> bool:
+    def says_nothing(self, what: Trajectory | Example) -> bool:
         """Whether the policy's part has no text: nothing but blanks and the token that ends it."""
+        if isinstance(what, Example):
+            response = what.response.rstrip()
+            return says_nothing(what) or response in self._ends
+        trajectory = what
         said = trajectory.token_ids[trajectory.action_mask]
         said = said[~np.isin(said, self._end_ids)]
         return len(said) <= _BLANK_TOKENS and not self.tokenizer.decode(said, skip_special_tokens=False).strip()
@@ -145,9 +150,11 @@ class Encoder:
         template, tail = self.config.template, " " if self.config.eos == "space_eos" else ""
         closed = self.config.eos != "none"
         if not example.messages and template in ("auto", "plain"):
-            steps = self._given_steps(example, example.response)
-            if example.response.endswith(self.tokenizer.eos_token):  # closed already
-                tail, closed = "", False
+            response = example.response
+            if response.rstrip().endswith(self._ends):  # closed already; nobody samples what follows the end
+                response, tail, closed = response.rstrip(), "", False
+            self._check_end(example, response, may_end=True)
+            steps = self._given_steps(example, response)
             return [Piece(example.prompt), *_action(steps, tail, closed, split=not example.steps)]
         messages = example.messages or ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response})
         first = example.first_turn if example.messages else 1
@@ -158,11 +165,16 @@ class Encoder:
         for turn in turns:
             end, ends_here = (tail, closed and turn is turns[-1]) if not turn.end else (turn.end, False)
             learned = self.config.train_turn_end or not turn.end
+            self._check_end(example, turn.reply)
             steps = self._given_steps(example, turn.reply)
             pieces.append(Piece(left_over + turn.context))
             pieces += _action(steps, end if learned and (turn.end or ends_here) else "", ends_here, split=split)
             left_over = "" if learned else turn.end
         return pieces
+
+    def _check_end(self, example: Example, reply: str, *, may_end: bool = False) -> None:
+        if found := early_end(reply, self.tokenizer, may_end=may_end):
+            raise BadRow("end_inside", example.where, found)
 
     def _given_steps(self, example: Example, reply: str) -> list[str]:
         """The reply in the steps that the file gives, fitted to what the template made of it; without such steps the reply itself."""
@@ -176,21 +188,22 @@ class Encoder:
     # ---- tokens --------------------------------------------------------------------------------------------------------------------------
 
     def _texts(self, pieces: Sequence[Piece]) -> list[str]:
-        if not self._needs_anchor:
-            return [piece.text + piece.tail for piece in pieces]
         alone = [piece.text + piece.tail for piece in pieces]
-        anchors = [text[-_ANCHOR:] for text in alone[:-1]]
-        return [*alone, *anchors, *(anchor + text for anchor, text in zip(anchors, alone[1:], strict=True))]
+        if not self._needs_anchor:
+            return alone
+        anchors = [text[-ANCHOR_CHARACTERS:] for text in alone[:-1]]
+        behind = [anchor + text for anchor, text in zip(anchors, alone[1:], strict=True)]
+        return [*alone, _BREAK, *anchors, *behind, *(_BREAK + text for text in alone[1:])]
 
     def _piece_ids(self, piece: Piece, before: Piece | None, ids_of: dict[str, list[int]]) -> list[int]:
         """A tokenizer that marks the beginning of a text (a blank in front, as SentencePiece has it) must not do so in the middle of one: there
-        a piece is tokenised behind the end of the piece before it, where the two stay apart."""
+        a piece is tokenised behind the end of the piece before it, or, where the two would melt together, behind a line feed."""
         text = piece.text + piece.tail
         if self._needs_anchor and before is not None and text:
-            anchor = (before.text + before.tail)[-_ANCHOR:]
-            behind, alone = ids_of[anchor + text], ids_of[anchor]
-            if anchor and behind[: len(alone)] == alone:
-                return behind[len(alone) :]
+            for anchor in ((before.text + before.tail)[-ANCHOR_CHARACTERS:], _BREAK):
+                behind, alone = ids_of[anchor + text], ids_of[anchor]
+                if anchor and behind[: len(alone)] == alone:
+                    return behind[len(alone) :]
         return ids_of[text]
 
     def _assemble(self, example: Example, pieces: Sequence[Piece], ids_of: dict[str, list[int]]) -> Encoded | DataError:

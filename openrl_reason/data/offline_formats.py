@@ -23,6 +23,8 @@ KINDS = {
     "stepwise": "steps",
 }  # fmt: skip
 """What each format's rows are to an algorithm."""
+KEYS = ("prompt", "response", "reward", "label", "chosen", "rejected", "messages")
+"""What the settings may name a column for (``prompt_key`` and so on)."""
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
 _PUBLISHED_FIRST_TURN = 3
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -105,18 +107,28 @@ class Layout(NamedTuple):
 
 
 def detect_layout(names: Sequence[str], config: OfflineDataConfig, where: str) -> Layout:
-    """The layout of a file whose first row has these columns. Raises DataError if none fits."""
+    """The layout of a file whose first rows have these columns. Raises DataError if none fits."""
     found = find_columns(names, config)
+    for purpose in KEYS:
+        wanted = getattr(config, f"{purpose}_key")
+        if wanted and wanted not in names and not _is_trajectory(names):
+            there = ", ".join(map(str, names)) or "none"
+            raise DataError(f"{where}: --data.{purpose}_key is {wanted!r}: no such column{did_you_mean(wanted, map(str, names))}; there are: {there}")
     return Layout(config.format if config.format != "auto" else _format(names, found, where), found)
 
 
 def _format(names: Sequence[str], found: Columns, where: str) -> str:
-    if {"token_ids", "action_mask", "step_ids"} <= set(names):
+    if _is_trajectory(names):
         return "trajectories"
     if found.chosen and found.rejected:
         return "pairs"
     if found.completions and found.labels:
         return "stepwise"
+    if found.messages and found.prompt and found.response:
+        raise DataError(
+            f"{where}: there are {found.prompt!r} and {found.response!r}, and a conversation in {found.messages!r}: say which are to be learned, by"
+            " --data.format responses or conversations (or sft, which takes the conversation)"
+        )
     if found.messages:
         return "conversations" if found.reward else "sft"
     if found.prompt and found.response:
@@ -129,11 +141,19 @@ def _format(names: Sequence[str], found: Columns, where: str) -> str:
     )
 
 
+def _is_trajectory(names: Sequence[str]) -> bool:
+    return {"token_ids", "action_mask", "step_ids"} <= set(names)
+
+
 def parse_row(row: Row, layout: Layout, config: OfflineDataConfig) -> list[Example] | Trajectory:
     """The examples of a row: two of a pair (chosen, rejected), else one; or the finished trajectory it is.
 
     Raises BadRow where the row is not of this layout."""
     format, columns = layout
+    reward = config.reward_key or "reward"
+    if format == "sft" and config.format == "auto" and row.values.get(reward) is not None:
+        what = f"this row has a column {reward!r}, and the first ones of its file have none, so it was read as rows without rewards"
+        raise BadRow("reward_unexpected", row.where, f"{what}: name --data.format (responses or conversations; sft to leave rewards out)")
     if format == "trajectories":
         return _trajectory(row)
     if format == "pairs":
@@ -163,11 +183,11 @@ MAX_REWARD = 1e30
 
 
 def _need_name(row: Row, name: str, wanted: str) -> str:
-    if not name or name not in row.values:
-        wanted = name or wanted
+    wanted = name or wanted
+    if wanted not in row.values:
         there = ", ".join(map(str, row.values)) or "none"
         raise BadRow("missing_column", row.where, f"no column {wanted!r}{did_you_mean(wanted, map(str, row.values))}; there are: {there}")
-    return name
+    return wanted
 
 
 def _need(row: Row, columns: Columns, purpose: str, wanted: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_encode import Encoded, Encoder
-from openrl_reason.data.offline_formats import MAX_REWARD, BadRow, Example, Layout, parse_row, says_nothing
+from openrl_reason.data.offline_formats import MAX_REWARD, BadRow, Example, Layout, parse_row
 from openrl_reason.data.readers import Row
 from openrl_reason.errors import DataError
 
@@ -96,7 +96,7 @@ class RowEncoder:
                 _check_unicode(row, example)
         except DataError as error:
             return error
-        if self.config.empty == "drop" and any(map(says_nothing, parsed)):
+        if self.config.empty == "drop" and any(map(self.encoder.says_nothing, parsed)):
             return LeftOut("empty")
         return parsed
 

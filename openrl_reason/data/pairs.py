@@ -319,9 +319,17 @@ def pair_texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:
     if type(chosen) is not type(rejected):
         raise DataError(f"{row.where}: {config.chosen_key!r} is a {type(chosen).__name__}, {config.rejected_key!r} a {type(rejected).__name__}")
     if isinstance(prompt, list) and isinstance(chosen, list):
+        size = len(prompt)
+        if size and chosen[:size] == prompt == rejected[:size] and min(len(chosen), len(rejected)) > size:  # whole conversations beside their prompt
+            return prompt, chosen[size:], rejected[size:]
         return prompt, chosen, rejected
     if isinstance(chosen, list):  # no prompt, or its text beside whole conversations
-        return _shared_beginning(row, config, chosen, rejected)
+        found = _shared_beginning(row, config, chosen, rejected)
+        said = [str(message.get("content")).strip() for message in found[0] if isinstance(message, dict)]
+        if isinstance(prompt, str) and prompt.strip() not in ("", *said):
+            names = f"{config.chosen_key!r} and {config.rejected_key!r}"
+            raise DataError(f"{row.where}: column {config.prompt_key!r} holds {prompt[:80]!r}, which {names} do not begin with: which is the prompt?")
+        return found
     if isinstance(prompt, str):
         return prompt, chosen, rejected
     if not config.prompt_key:

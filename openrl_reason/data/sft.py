@@ -17,7 +17,8 @@ from openrl_reason.config import require
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.readers import Row, read_rows
-from openrl_reason.data.templates import incremental_turns
+from openrl_reason.data.templates import incremental_turns, refuse_what_is_lost
+from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
 from openrl_reason.models.turn_end import turn_end_token
 from openrl_reason.tasks.base import render_chat
@@ -115,16 +116,19 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
     pieces, is_chat = _pieces(row, config, tokenizer)
     token_ids: list[int] = []
     turns: list[int] = []
-    turn, carried = 0, ""
+    turn, carried, before = 0, "", ""
     for number, (text, learned) in enumerate(pieces):
+        _check_text(row, text)
         if not learned:
-            ids = _ids(carried + text, tokenizer, add_special=not is_chat and not token_ids)
+            ids = _ids(carried + text, tokenizer, before, add_special=not is_chat and not token_ids)
+            before += carried + text
             token_ids += ids
             turns += [-1] * len(ids)
             continue
         # A template may write more after the token that ends the turn (a newline, mostly). Nobody samples that: it belongs to the context.
         reply, end, carried = _split_end(text, tokenizer) if is_chat else (text, "", "")
-        ids = _ids(reply + end, tokenizer)
+        ids = _ids(reply + end, tokenizer, before)
+        before += reply + end
         is_open = not end and (number + 1 == len(pieces) or not is_chat)
         if is_open and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids.append(tokenizer.eos_token_id)
@@ -133,14 +137,30 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
         turn += 1
     if turn == 0 or max(turns) < 0:
         raise DataError(f"{row.where}: there is no reply to learn from (no assistant message, or an empty one)")
+    if turns[0] >= 0:
+        raise DataError(f"{row.where}: the prompt is empty, so nothing stands before the first token of the reply: there is no state to act in")
     return token_ids, turns
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special: bool = False) -> list[int]:
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, before: str, *, add_special: bool = False) -> list[int]:
+    """A text that continues ``before``: a tokenizer that marks the beginning of a text (a blank in front, as SentencePiece has it) must not do so
+    in the middle of one."""
+    for anchor in (before[-ANCHOR_CHARACTERS:], "\n") if before and text and marks_beginnings(tokenizer) else ():
+        behind, alone = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor + text, anchor))
+        if behind[: len(alone)] == alone:
+            return list(behind[len(alone) :])
     ids = list(tokenizer(text, add_special_tokens=add_special)["input_ids"])
     if add_special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers close every text; a prompt is not closed
     return ids
+
+
+def _check_text(row: Row, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # no tokenizer takes that
+        cut = ascii(text[max(error.start - 20, 0) : error.end])
+        raise DataError(f"{row.where}: half of a character (a lone surrogate): ...{cut}") from None
 
 
 def _split_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
@@ -161,14 +181,21 @@ def _pieces(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase)
                 f"{row.where}: neither {config.messages_key!r} nor {config.prompt_key!r} and {config.completion_key!r}: "
                 f"no column {key!r}{did_you_mean(key, map(str, values))}; there are: {', '.join(map(str, values))}"
             )
-    prompt, completion = values[config.prompt_key], values[config.completion_key]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not config.apply_chat_template:
-            return [(prompt, False), (completion, True)], False
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _chat_pieces(row, messages, 1, tokenizer), True
-    context = _messages(row, config.prompt_key)
-    return _chat_pieces(row, [*context, *_messages(row, config.completion_key)], len(context), tokenizer), True
+    prompt, completion = (_text_or_messages(row, key) for key in (config.prompt_key, config.completion_key))
+    if isinstance(completion, str) and not completion.strip():
+        raise DataError(f"{row.where}: column {config.completion_key!r} has no text, so there is no reply to learn from")
+    if isinstance(prompt, str) and isinstance(completion, str) and not config.apply_chat_template:
+        return [(prompt, False), (completion, True)], False
+    context = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(row, config.prompt_key)
+    reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else _messages(row, config.completion_key)
+    return _chat_pieces(row, [*context, *reply], len(context), tokenizer), True
+
+
+def _text_or_messages(row: Row, key: str) -> Any:
+    value = row.values[key]
+    if not isinstance(value, str | list):
+        raise DataError(f"{row.where}: column {key!r} holds {str(value)[:80]!r}; expected text or a list of messages")
+    return value
 
 
 def _messages(row: Row, key: str) -> list[dict[str, str]]:
@@ -187,8 +214,11 @@ def _chat_pieces(row: Row, messages: Sequence[dict[str, Any]], first_learned: in
     def render(part: Sequence[dict[str, Any]], reply_follows: bool) -> str:
         return render_chat(part, tokenizer, add_generation_prompt=reply_follows)
 
-    turns = incremental_turns(messages, first_learned, render, row.where)
-    return [piece for _, context, reply in turns for piece in ((context, False), (reply, True))]
+    pieces: list[Piece] = []
+    for index, context, reply in incremental_turns(messages, first_learned, render, row.where):
+        refuse_what_is_lost(messages[index], reply, tokenizer, f"{row.where}: message {index}")
+        pieces += [(context, False), (reply, True)]
+    return pieces
 
 
 def _trajectory(index: int, row: Row, token_ids: list[int], turns: list[int]) -> Trajectory:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.turn_end import find_end
+from openrl_reason.models.turn_end import end_tokens, find_end
 from openrl_reason.tasks.prompts import render_chat
 
 if TYPE_CHECKING:
@@ -103,6 +103,36 @@ def incremental_turns(
         done = after
 
 
+def refuse_what_is_lost(message: Mapping[str, Any], rendered: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises DataError for a message of the assistant that says more than its template wrote, or that ends before its text does."""
+    for part in ("tool_calls", "function_call", "reasoning_content"):
+        if message.get(part) and not _mentions(rendered, message[part]):
+            what = f"has {part}, which the policy wrote and the chat template leaves out: write it into 'content' as the policy is to write it"
+            raise DataError(f"{where}: the message {what}")
+    if found := early_end(message["content"], tokenizer):
+        raise DataError(f"{where}: {found}")
+
+
+def early_end(text: str, tokenizer: PreTrainedTokenizerBase, *, may_end: bool = False) -> str:
+    """What is wrong with a reply in whose text a token stands that ends a reply (with ``may_end``: before its end): no policy could have written
+    what follows. Empty where all is well."""
+    last = len(text.rstrip())
+    for end in end_tokens(tokenizer):
+        place = text.find(end)
+        if 0 <= place and not (may_end and place + len(end) == last):
+            return f"{end!r}, which ends a response, stands in the text of one: {text[max(place - 20, 0) : place + len(end) + 20]!r}"
+    return ""
+
+
+def _mentions(text: str, value: Any) -> bool:
+    """Whether every name and text in a value is in ``text``: a call's arguments may be written in another form."""
+    if isinstance(value, Mapping):
+        return all(_mentions(text, entry) for key, entry in value.items() if key not in ("id", "type", "arguments"))
+    if isinstance(value, list | tuple):
+        return all(_mentions(text, entry) for entry in value)
+    return not isinstance(value, str) or value.strip() in text
+
+
 def _markup_turns(messages: Sequence[Message], first_turn: int, markup: Markup, eos: str) -> Iterator[Turn]:
     turn_end, context = markup.turn_end.replace("{eos}", eos), ""
     for index, message in enumerate(messages):
@@ -152,4 +182,10 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 f"{', '.join(MARKUPS)}, use an instruction-tuned model, or put a chat_template.jinja into the model's folder"
             )
         return "tokenizer"
+    turn_end = MARKUPS[template].turn_end.replace("{eos}", tokenizer.eos_token)
+    if turn_end and turn_end not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"--data.template {template} ends turns with {turn_end!r}, which is no token of this tokenizer, so no engine would stop there: use a "
+            "template of the model's, or plain"
+        )
     return template

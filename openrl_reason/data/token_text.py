@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from openrl_reason.core.steps import steps_of_pieces
+
+ANCHOR_CHARACTERS = 16
+"""So much of what stands before a text is tokenised along with it, where a tokenizer marks the beginning of texts."""
+
+
+@functools.lru_cache(maxsize=16)
+def marks_beginnings(tokenizer: Any) -> bool:
+    """Whether a text has another first token than it would have behind a line feed: a blank in front, as SentencePiece has it."""
+    alone, behind, line_feed = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "\na", "\n"))
+    return behind != [*line_feed, *alone]
 
 
 def token_pieces(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[str] | None:

@@ -6,6 +6,7 @@ fine-tuned on chats learns the second, so whoever samples from it must stop ther
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,21 +25,27 @@ def find_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] |
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token with which the tokenizer's chat template ends a message of the assistant; empty without a template, or where it has none."""
+    return _turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        return ""
     messages = [{"role": "user", "content": "41+1=?"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # a template for other messages than these; the one that is needed is told of where it is used
+    except (TemplateError, TypeError, ValueError):  # a template for other messages than these; what is wrong is told where it is used
         return ""
     found = find_end(text.rpartition(_PROBE)[2], tokenizer) if _PROBE in text else None
     return found[1] if found else ""
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that end a response: EOS, and the chat template's end of turn if it is another."""
+    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token, turn_end_token(tokenizer)) if token))
+
+
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids of the tokens that end a response: EOS, and the chat template's end of turn if it is another."""
-    turn_end = turn_end_token(tokenizer)
-    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None]
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+    """Their ids."""
+    return tuple(tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))))
