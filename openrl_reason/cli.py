@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {redact_text(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output has enough of it (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go, which Python would tell at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"interrupted: everything it started is stopped.{COMMANDS[name].interrupted}", file=sys.stderr)

@@ -4,7 +4,7 @@
 # First the start (train_oreo_sft.sh) and its responses, ten to each training question of GSM8K and MATH (`openrl-reason collect`), or rows
 # {"prompt", "response", "reward"} of your own.
 #
-#   bash examples/scripts/train_oreo.sh [output-dir] [flags...]      (default: runs/oreo; --algo.level step --data.step_kind oreo for steps)
+#   bash examples/scripts/train_oreo.sh [output-dir] [flags...]      (default: runs/oreo; for steps --algo.level step --data.step_kind oreo --algo.kl.coef 0.1)
 #
 #   MODEL=runs/oreo_sft/model                         folder or hub name: the policy's start, and the reference
 #   DATA="runs/collect/gsm8k/trajectories ..."        files or folders, separated by spaces

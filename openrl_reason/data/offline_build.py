@@ -117,11 +117,12 @@ def build_store(
             job = Job(config, tokenizer_path, str(temporary), parts, trust_remote_code)
             shards, counts = _run(job, sum(map(source_bytes, sources)), say)
             if not shards:
-                raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)})")
+                remedy = f"see --data.max_length {config.max_length}, --data.overlong, --data.empty and --data.bad_rows"
+                raise DataError(f"{', '.join(config.path)}: no row is left ({_described(counts)}): {remedy}")
             finish_store(temporary, shards, counts, layouts[0].kind, key)
     store = TokenStore.open(folder)
-    twice = store.statistics["duplicates"]
-    say(f"token store: {_described(counts)}; {f'{twice} equal to an earlier one; ' if twice else ''}{store.num_tokens} tokens, {time.perf_counter() - started:.1f} s, in {folder}")
+    twice = f"{store.statistics['duplicates']} equal to an earlier one; " if store.statistics["duplicates"] else ""
+    say(f"token store: {_described(counts)}; {twice}{store.num_tokens} tokens, {time.perf_counter() - started:.1f} s, in {folder}")
     return store
 
 

@@ -264,7 +264,7 @@ def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewa
     first = config.first_action_turn if config.first_action_turn >= 0 else _PUBLISHED_FIRST_TURN if _begins_as_published(messages) else 0
     actions = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
     if not actions:
-        hint = f" at index {first} or later (--data.first_action_turn {config.first_action_turn})" if first else ""
+        hint = f" at index {first} or later (--data.first_action_turn {config.first_action_turn}; 0 learns all of them)" if first else ""
         raise BadRow("no_reply", row.where, f"column {name!r} has {len(messages)} messages, and none of the assistant{hint}")
     rewards = (_number(row, _need_name(row, columns.reward, config.reward_key or "reward")),) if rewarded else ()
     question = _question(messages[: actions[0]])

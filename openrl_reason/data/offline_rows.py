@@ -74,8 +74,10 @@ class RowEncoder:
 
     def bad(self, error: DataError, reason: str = "template") -> None:
         """Counts a bad row under the error's own reason, or ``reason``; raises the error where bad rows are errors."""
-        if self.config.bad_rows == "error" or isinstance(error, TooLong):
+        if isinstance(error, TooLong):
             raise error
+        if self.config.bad_rows == "error":
+            raise DataError(f"{error} (--data.bad_rows skip leaves such rows out, counted)") from error
         self.counts["bad"] += 1
         self.counts[f"bad/{getattr(error, 'reason', reason)}"] += 1
 

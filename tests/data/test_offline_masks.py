@@ -85,7 +85,7 @@ def test_the_constant_ok_is_learned_only_if_asked_for(tokenizer):
     assert tokenizer.decode(published.token_ids[published.step_ids >= 0]) == "a1" and encoder.counts["with_replies_read_only"] == 1
     (), encoder = encode(row | {"conversations": row["conversations"][:3]}, tokenizer, template="minicpm", bad_rows="skip")
     assert +encoder.counts == {"rows": 1, "bad": 1, "bad/no_reply": 1}
-    with pytest.raises(DataError, match=r"x\.jsonl:1: .*none of the assistant at index 3 or later \(--data.first_action_turn -1\)"):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .*none of the assistant at index 3 or later \(--data.first_action_turn -1; 0 learns"):
         encode(row | {"conversations": row["conversations"][:3]}, tokenizer, template="minicpm")
 
 
