@@ -41,6 +41,7 @@ def offline_data(config: SFTDataConfig) -> OfflineDataConfig:
     named = {"prompt_key": usual.prompt_key, "response_key": usual.completion_key, "messages_key": usual.messages_key}
     return OfflineDataConfig(
         path=(config.path,), split=config.split, template="tokenizer" if config.apply_chat_template else "auto", max_length=config.max_length,
+        allow_test_data=config.allow_test_data,
         overlong="drop" if config.overlong == "skip" else "truncate", **{name: key for name, key in keys.items() if key != named[name]},
     )  # fmt: skip
 

@@ -73,6 +73,8 @@ class OfflineDataConfig:
     bad_rows: str = "error"
     """A row that cannot be read (malformed JSON, a missing column, a reward that is no number): error (stop, naming file and line) or skip (counted
     by reason)."""
+    allow_test_data: bool = False
+    """Learn rows whose prompt is a question of GSM8K's or MATH's published test split, too; otherwise such a row is a bad row."""
     store: str = ""
     """Folder of the token store. Empty: in the folder of the run. It is used again while files, tokenizer and settings are the same."""
     parallel: str = "auto"

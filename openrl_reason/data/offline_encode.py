@@ -77,6 +77,7 @@ class Encoder:
         self._needs_anchor = marks_beginnings(tokenizer)
         self._steps = StepMap(config.step_kind, tokenizer)
         self._ends, self._end_ids = end_tokens(tokenizer), end_token_ids(tokenizer)
+        self._last_prompt = (b"", "")
         self._largest_id = max(tokenizer.get_vocab().values())
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -119,6 +120,13 @@ class Encoder:
         said = trajectory.token_ids[trajectory.action_mask]
         said = said[~np.isin(said, self._end_ids)]
         return len(said) <= _BLANK_TOKENS and not self.tokenizer.decode(said, skip_special_tokens=False).strip()
+
+    def prompt_of(self, trajectory: Trajectory) -> str:
+        """The text of what the policy was given at first."""
+        ids = trajectory.prompt_ids.tobytes()
+        if ids != self._last_prompt[0]:  # siblings stand together
+            self._last_prompt = ids, self.tokenizer.decode(trajectory.prompt_ids, skip_special_tokens=False)
+        return self._last_prompt[1]
 
     def _cut(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """Steps and their rewards."""

@@ -337,6 +337,11 @@ def asks_for_box(example: Example) -> bool:
     return any(BOXED_INSTRUCTION in text for text in (example.prompt, *(m["content"] for m in example.messages[: example.first_turn])))
 
 
+def prompts_of(example: Example) -> list[str]:
+    """What the policy was asked: the text before its response, or each message before its first."""
+    return [message["content"] for message in example.messages[: example.first_turn]] or [example.prompt]
+
+
 def says_nothing(example: Example) -> bool:
     """Whether the policy's part has no text at all."""
     return is_empty(list(example.messages[example.first_turn :]) if example.messages else example.response)

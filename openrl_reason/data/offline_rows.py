@@ -12,9 +12,10 @@ import numpy as np
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_encode import Encoded, Encoder
-from openrl_reason.data.offline_formats import MAX_REWARD, BadRow, Example, Layout, parse_row
+from openrl_reason.data.offline_formats import MAX_REWARD, BadRow, Example, Layout, parse_row, prompts_of
 from openrl_reason.data.readers import Row
 from openrl_reason.errors import DataError
+from openrl_reason.tasks.leakage import TEST_QUESTION, asks_a_test_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,16 +92,22 @@ class RowEncoder:
             parsed = parse_row(row, self.layout, self.config)
             if isinstance(parsed, Trajectory):
                 taken = self.encoder.take(parsed, row.where)
+                self._refuse_test_question(row, [self.encoder.prompt_of(parsed)])
                 return LeftOut("empty") if self.config.empty == "drop" and self.encoder.says_nothing(parsed) else taken
             if not all(example.prompt or example.messages for example in parsed):
                 raise BadRow("empty_prompt", row.where, "the prompt is empty, so nothing stands before the first token of the response")
             for example in parsed:
                 _check_unicode(row, example)
+                self._refuse_test_question(row, prompts_of(example))
         except DataError as error:
             return error
         if self.config.empty == "drop" and any(map(self.encoder.says_nothing, parsed)):
             return LeftOut("empty")
         return parsed
+
+    def _refuse_test_question(self, row: Row, prompts: Sequence[str]) -> None:
+        if not self.config.allow_test_data and any(map(asks_a_test_question, prompts)):
+            raise BadRow("test_question", row.where, f"{TEST_QUESTION}. --data.allow_test_data true if this is meant")
 
     def _encoded(self, parsed: Sequence[_Parsed]) -> list[list[Encoded | Exception]]:
         sequences = iter(self.encoder.encode([example for record in parsed if isinstance(record, list) for example in record]))

@@ -21,6 +21,7 @@ from openrl_reason.data.readers import Row, iter_rows
 from openrl_reason.data.sft import SFTDataConfig, encode_row
 from openrl_reason.errors import ConfigError, DataError
 from openrl_reason.tasks.graders import STATUSES
+from openrl_reason.tasks.leakage import TEST_QUESTION, asks_a_test_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ class PairsConfig:
     """path: column of the better response."""
     rejected_key: str = "rejected"
     """path: column of the worse response."""
+    allow_test_data: bool = False
+    """path: learn pairs whose prompt is a question of GSM8K's or MATH's published test split, too; otherwise they are an error."""
     apply_chat_template: bool = False
     """path: put text through the chat template as a user and an assistant message. Messages always go through it."""
     trajectories: tuple[str, ...] = ()
@@ -292,6 +295,9 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
     for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split)):
         data.counts["rows"] += 1
         prompt, chosen, rejected = pair_texts(row, config)
+        asked = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt if isinstance(message, dict)]
+        if not config.allow_test_data and any(map(asks_a_test_question, asked)):
+            raise DataError(f"{row.where}: {TEST_QUESTION}. --pairs.allow_test_data true if this is meant")
         if is_empty(chosen) or is_empty(rejected):
             data.counts["empty"] += 1
             continue

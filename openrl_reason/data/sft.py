@@ -22,6 +22,7 @@ from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
 from openrl_reason.models.turn_end import turn_end_token
 from openrl_reason.tasks.base import render_chat
+from openrl_reason.tasks.leakage import TEST_QUESTION, asks_a_test_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,8 @@ class SFTDataConfig:
     """Longest sequence in tokens. (The sft command sets it from --max_length.)"""
     overlong: str = "skip"
     """What happens to a longer one: skip (left out, counted) or truncate (its end is cut off, counted)."""
+    allow_test_data: bool = False
+    """Learn rows whose prompt is a question of GSM8K's or MATH's published test split, too; otherwise they are an error."""
     num_rows: int = 0
     """Use the first so many rows; 0: all. (Of rewarded responses: of those that are not too long.)"""
     min_reward: float | None = None
@@ -99,6 +102,8 @@ def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerB
     num_overlong = num_truncated = 0
     for index, row in enumerate(rows):
         token_ids, turns = encode_row(row, config, tokenizer)
+        if not config.allow_test_data and any(map(asks_a_test_question, _prompts(row, config))):
+            raise DataError(f"{row.where}: {TEST_QUESTION}. --data.allow_test_data true if this is meant")
         if len(token_ids) > config.max_length:
             token_ids, turns = token_ids[: config.max_length], turns[: config.max_length]
             if config.overlong == "skip" or max(turns) < 0:
@@ -189,6 +194,14 @@ def _pieces(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase)
     context = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(row, config.prompt_key)
     reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else _messages(row, config.completion_key)
     return _chat_pieces(row, [*context, *reply], len(context), tokenizer), True
+
+
+def _prompts(row: Row, config: SFTDataConfig) -> list[str]:
+    """What the policy is asked: the texts that are not the assistant's."""
+    values = [row.values.get(config.messages_key), row.values.get(config.prompt_key)]
+    texts = [value for value in values if isinstance(value, str)]
+    messages = [message for value in values if isinstance(value, list) for message in value]
+    return texts + [message["content"] for message in messages if message["role"] != "assistant"]
 
 
 def _text_or_messages(row: Row, key: str) -> Any:

@@ -10,11 +10,12 @@ the guard holds without those files; no text can be read back from them. To make
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from openrl_reason.errors import DataError
@@ -30,6 +31,8 @@ _LATEX_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\
 # Four problems of MATH's published test split stand in its published training split too, differing in spacing or punctuation only. The guard
 # lets these through: it would refuse the published training data otherwise.
 _TWINS = ("2abc2eab2999", "535b423f73e1", "a2b03ad602d6", "a9b943d069e5")
+# A fifth one stands there with the choices of its competition below.
+_TWIN_WITH_CHOICES = bytes.fromhex("bb7741d5d504")
 PUBLISHED_TWINS = frozenset(bytes.fromhex(digits) for digits in _TWINS)
 
 
@@ -78,6 +81,46 @@ def refuse_overlap(questions: Sequence[tuple[str, str]], held_out: Collection[by
             f"{len(leaked)} of the {len(questions)} training questions in {source} are held-out test questions (first: {leaked[0]}). Train "
             "on the training split, or pass --task.allow_test_data_in_training true if this is meant"
         )
+
+
+TEST_QUESTION = "the prompt is a question of GSM8K's or MATH's published test split: accuracy on it would flatter a model that learned it"
+"""What is told of a row for which ``asks_a_test_question`` holds."""
+
+
+@functools.cache
+def all_test_hashes() -> frozenset[bytes]:
+    """Of the test splits of GSM8K and MATH, without the twins that the training splits have."""
+    from openrl_reason.tasks import gsm8k_test_hashes, math_test_hashes
+
+    return (unpack(gsm8k_test_hashes.PACKED) | unpack(math_test_hashes.PACKED)) - PUBLISHED_TWINS - {_TWIN_WITH_CHOICES}
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_a_test_question(prompt: str) -> bool:
+    """Whether a prompt is a question of a published test split, as it is or with what prompts put around one: chat markup, a role or a word in front,
+    an instruction before or behind, other questions above. A question that was cut or reworded is not found."""
+    known = all_test_hashes()
+    return any(question_hash(text) in known for text in dict.fromkeys(_questions_in(prompt)))
+
+
+_MARKUP = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(?:用户|AI)>")
+_LEAD = re.compile(r"\s*(?:(?:system|user|human)\s*\n|(?:question|problem|user|human|instruction|q)\s*:)\s*", re.IGNORECASE)
+_SHORTEST_LINE = 40
+"""Characters of a line that is looked at on its own: shorter ones are in many prompts."""
+
+
+def _questions_in(prompt: str) -> Iterator[str]:
+    yield prompt
+    for part in _MARKUP.split(prompt):
+        lead = _LEAD.match(part)
+        lines = (part[lead.end() :] if lead else part).strip().split("\n")
+        for first in range(2 if lines[0].rstrip().endswith(":") else 1):  # "### Instruction:"
+            for last in range(len(lines), max(len(lines) - 4, first), -1):  # an instruction behind, and an "Assistant:" behind that
+                yield "\n".join(lines[first:last])
+        for line in lines if len(lines) > 1 else ():
+            if len(line) >= _SHORTEST_LINE:
+                lead = _LEAD.match(line)
+                yield line[lead.end() :] if lead else line
 
 
 def unpack(packed: str) -> frozenset[bytes]:

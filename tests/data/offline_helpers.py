@@ -77,6 +77,12 @@ def one(row: dict, tokenizer, **settings) -> Trajectory:
     return as_trajectory(encoded)
 
 
+def as_sampled(tokenizer, text: str, prompt: str = "Q1?") -> dict:
+    """The record of a response that an engine sampled, in one piece."""
+    given, response = tokenizer(prompt)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Trajectory.from_completion(given, response, None, task_id="q", group_id="q", sample_index=0, reward=1.0).to_record()
+
+
 def write_lines(path: Path, rows) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))

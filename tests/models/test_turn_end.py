@@ -10,7 +10,7 @@ from openrl_reason.models import export
 from openrl_reason.models.loading import load_causal_lm, load_tokenizer
 from openrl_reason.models.turn_end import end_token_ids, turn_end_token
 from openrl_reason.workers.engine import read_eos_ids
-from tests.data.offline_helpers import byte_tokenizer, encode, one
+from tests.data.offline_helpers import as_sampled, byte_tokenizer, encode, one
 from tests.data.test_templates import CHATML, LLAMA3, MINICPM
 from tests.helpers_models import write_tiny_model
 
@@ -83,11 +83,3 @@ def test_a_sampled_response_without_text_is_left_out_as_a_row_of_text_is(said, e
     assert encoder.counts["empty"] == int(empty) and len(kept) == 1 - empty
     kept, encoder = encode(as_sampled(tokenizer, said), tokenizer, empty="keep")
     assert encoder.counts["empty"] == 0 and len(kept) == 1
-
-
-def as_sampled(tokenizer, text):
-    """The record of a response that an engine sampled, in one piece."""
-    from openrl_reason.core.trajectory import Trajectory
-
-    prompt, response = tokenizer("Q1?", add_special_tokens=True)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Trajectory.from_completion(prompt, response, None, task_id="q", group_id="q", sample_index=0, reward=1.0).to_record()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from openrl_reason.data.readers import read_rows
 from openrl_reason.errors import DataError
 from openrl_reason.tasks import TaskConfig, load_task
-from openrl_reason.tasks.leakage import PUBLISHED_TWINS, item_hash, overlap, packed_lines, question_hash, unpack
+from openrl_reason.tasks.leakage import PUBLISHED_TWINS, asks_a_test_question, item_hash, overlap, packed_lines, question_hash, unpack
 from openrl_reason.tasks.math_task import published_test_hashes
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data"
@@ -109,3 +110,53 @@ def test_many_questions_are_compared_quickly():
     started = time.perf_counter()
     assert overlap(items, items[::100]) == items[::100]
     assert time.perf_counter() - started < 3.0
+
+
+PUT_AROUND = {
+    "as it is": "{}", "question": "Question: {}\nAnswer:",
+    "instruction behind": "User: {}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n\nAssistant:",
+    "chat": "<|im_start|>system\nBe right.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "headline": "### Instruction:\n{}\n\n### Response:", "few shots": "Question: What is one and one, all told?\nAnswer: 2\n\nQuestion: {}\nAnswer:",
+}  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("form", list(PUT_AROUND))
+@pytest.mark.parametrize("name, column, twins", [("gsm8k", "question", 0), ("math", "problem", 5)])
+def test_prompts_of_offline_data_are_known_by_the_published_test_questions_in_them(name, column, twins, form):
+    for split in ("train", "test"):
+        prompts = [PUT_AROUND[form].format(row.values[column]) for row in read_rows(DATA / name / f"{split}.jsonl")]
+        found = sum(map(asks_a_test_question, prompts))
+        if form == "few shots" and name == "math" and split == "test":
+            assert found > 0.6 * len(prompts)  # of a question of several lines below others it cannot tell where it begins
+        else:
+            assert found == (0 if split == "train" else len(prompts) - twins)
+
+
+@needs_data
+def test_no_offline_command_learns_a_test_question_unless_told_to(tmp_path):
+    from openrl_reason.data.pairs import PairsConfig, read_pairs
+    from openrl_reason.data.sft import SFTDataConfig, load_sft_trajectories
+    from openrl_reason.models.tiny import make_tokenizer
+    from tests.data.offline_helpers import as_sampled, encode
+
+    question, tokenizer = read_rows(DATA / "gsm8k" / "test.jsonl", limit=1)[0].values["question"], make_tokenizer()
+    ask = [{"role": "user", "content": question}]
+    reply = [{"role": "assistant", "content": "18"}]
+    rows = [{"prompt": f"{question}\n", "response": "18", "reward": 1}, {"prompt": ask, "response": "18", "reward": 1},
+            {"messages": [*ask, *reply], "reward": 1}, {"prompt": question, "chosen": "18", "rejected": "17"},
+            {"prompt": question, "completion": "18", "label": True}, as_sampled(tokenizer, "18", prompt=f"Q: {question}\nAnswer:")]  # fmt: skip
+    for row in rows:
+        with pytest.raises(DataError, match="x.jsonl:1: the prompt is a question of GSM8K's or MATH's published test split.*--data.allow_test_data"):
+            encode(row, tokenizer)
+        assert encode(row, tokenizer, bad_rows="skip")[1].counts["bad/test_question"] == 1
+        assert encode(row, tokenizer, allow_test_data=True)[0]
+    for row in ({"prompt": question, "completion": "18"}, {"messages": [*ask, *reply]}, {"prompt": ask, "completion": reply}):
+        file = write(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(DataError, match="rows.jsonl:1: the prompt is a question of .* test split.*--data.allow_test_data"):
+            load_sft_trajectories(SFTDataConfig(path=file), tokenizer)
+        load_sft_trajectories(SFTDataConfig(path=file, allow_test_data=True), tokenizer)
+    file = write(tmp_path / "pairs.jsonl", [{"prompt": question, "chosen": "18", "rejected": "17"}])
+    with pytest.raises(DataError, match="pairs.jsonl:1: the prompt is a question of .* test split.*--pairs.allow_test_data"):
+        read_pairs(PairsConfig(path=file), tokenizer)
+    assert read_pairs(PairsConfig(path=file, allow_test_data=True), tokenizer).pairs
