@@ -126,14 +126,14 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
         _check_text(row, text)
         if not learned:
             ids = _ids(carried + text, tokenizer, before, add_special=not is_chat and not token_ids)
-            before += carried + text
+            before = (before + carried + text)[-ANCHOR_CHARACTERS:]
             token_ids += ids
             turns += [-1] * len(ids)
             continue
         # A template may write more after the token that ends the turn (a newline, mostly). Nobody samples that: it belongs to the context.
         reply, end, carried = _split_end(text, tokenizer) if is_chat else (text, "", "")
         ids = _ids(reply + end, tokenizer, before)
-        before += reply + end
+        before = (before + reply + end)[-ANCHOR_CHARACTERS:]
         is_open = not end and (number + 1 == len(pieces) or not is_chat)
         if is_open and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids.append(tokenizer.eos_token_id)
@@ -150,7 +150,7 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, before: str, *, add_special: bool = False) -> list[int]:
     """A text that continues ``before``: a tokenizer that marks the beginning of a text (a blank in front, as SentencePiece has it) must not do so
     in the middle of one."""
-    for anchor in (before[-ANCHOR_CHARACTERS:], "\n") if before and text and marks_beginnings(tokenizer) else ():
+    for anchor in (before, "\n") if before and text and marks_beginnings(tokenizer) else ():
         behind, alone = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor + text, anchor))
         if behind[: len(alone)] == alone:
             return list(behind[len(alone) :])
@@ -200,8 +200,8 @@ def _prompts(row: Row, config: SFTDataConfig) -> list[str]:
     """What the policy is asked: the texts that are not the assistant's."""
     values = [row.values.get(config.messages_key), row.values.get(config.prompt_key)]
     texts = [value for value in values if isinstance(value, str)]
-    messages = [message for value in values if isinstance(value, list) for message in value]
-    return texts + [message["content"] for message in messages if message["role"] != "assistant"]
+    messages = [message for value in values if isinstance(value, list) for message in value if isinstance(message, dict)]
+    return texts + [str(message.get("content")) for message in messages if message.get("role") != "assistant"]
 
 
 def _text_or_messages(row: Row, key: str) -> Any:

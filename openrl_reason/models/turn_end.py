@@ -20,7 +20,8 @@ def find_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] |
     special one; None without any."""
     if tokenizer.eos_token and tokenizer.eos_token in text:
         return text.find(tokenizer.eos_token), tokenizer.eos_token
-    return min(((text.find(token), token) for token in map(str, tokenizer.get_added_vocab()) if token in text), default=None)
+    added = (str(token) for token in tokenizer.get_added_vocab())
+    return min(((text.find(token), token) for token in added if token.strip() and token in text), default=None)  # some add line feeds
 
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> str:

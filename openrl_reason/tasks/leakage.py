@@ -95,7 +95,7 @@ def all_test_hashes() -> frozenset[bytes]:
     return (unpack(gsm8k_test_hashes.PACKED) | unpack(math_test_hashes.PACKED)) - PUBLISHED_TWINS - {_TWIN_WITH_CHOICES}
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=64)  # siblings stand together, and prompts may be long
 def asks_a_test_question(prompt: str) -> bool:
     """Whether a prompt is a question of a published test split, as it is or with what prompts put around one: chat markup, a role or a word in front,
     an instruction before or behind, other questions above. A question that was cut or reworded is not found."""
