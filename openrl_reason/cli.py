@@ -1,6 +1,6 @@
 """``openrl-reason <command>``: a thin shell over the trainer classes. ``python -m openrl_reason <command>`` is the same thing.
 
-Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 a setting or input cannot work, 130 interrupted, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -204,9 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     prepare_environment()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one, and the run goes on
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows another one, and the run goes on
+        sys.stdout.reconfigure(errors="replace")
     gc.set_threshold(100_000, 20, 20)  # a command imports half a million objects that all stay: looking for garbage among them is a quarter of it
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
@@ -217,7 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpenRLError as error:
         print(f"error: {redact_text(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read the output has enough of it (| head)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has enough of it (| head)
+            pass
+        else:
+            raise  # another pipe than that of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -238,6 +238,8 @@ def changed_settings(config: Any, path: Path) -> list[str]:
         before = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return []
+    if not isinstance(before, dict):
+        return []
 
     def changes(old: Any, new: Any, flag: str) -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):

@@ -190,5 +190,7 @@ def test_settings_that_differ_from_saved_ones_are_named_with_both_values(tmp_pat
     assert changed_settings(now, file) == [
         '--data.path ["a.jsonl"] -> ["b.jsonl"]', '--algo.level "token" -> "step"', "--algo.kl.coef 0.01 -> 0.1",
     ]  # fmt: skip
+    file.write_text("")
+    assert changed_settings(now, file) == []
     file.write_text("{")
     assert changed_settings(now, file) == [] == changed_settings(now, tmp_path / "none.yaml")

@@ -57,16 +57,22 @@ class Algorithm:
         return replace(group, run=run, policy=replace(group.policy, path=inputs.policy), placement=config.placement)
 
 
+def _data(group: Any, config: Any, path: Any, **more: Any) -> Any:
+    """The group's settings of data with the round's files. Whoever trains on test data by the task's flag means it here, too."""
+    meant = group.data.allow_test_data or config.task.allow_test_data_in_training
+    return replace(group.data, path=path, allow_test_data=meant, **more)
+
+
 def _sft(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    return replace(group, data=replace(group.data, path=inputs.data[0]))
+    return replace(group, data=_data(group, config, inputs.data[0]))
 
 
 def _rejection(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    return replace(group, data=replace(group.data, path=inputs.data[0], min_reward=config.collect.threshold))
+    return replace(group, data=_data(group, config, inputs.data[0], min_reward=config.collect.threshold))
 
 
 def _dpo(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    data = replace(group.data, path=inputs.data)
+    data = _data(group, config, inputs.data)
     pairs = replace(group.pairs, threshold=_mapped_threshold(config, data))
     return replace(group, data=data, pairs=pairs, reference_path=_other_than_policy(inputs))
 
@@ -77,13 +83,13 @@ def _mapped_threshold(config: Any, data: Any) -> float:
 
 
 def _kto(group: Any, config: Any, inputs: RoundInputs) -> Any:
-    data = replace(group.data, path=inputs.data)
+    data = _data(group, config, inputs.data)
     return replace(group, data=data, label_threshold=_mapped_threshold(config, data), reference_path=_other_than_policy(inputs))
 
 
 def _oreo(group: Any, config: Any, inputs: RoundInputs) -> Any:
     reference, critic = replace(group.reference, path=_other_than_policy(inputs)), replace(group.critic, path=inputs.critic)
-    data, algo = replace(group.data, path=inputs.data), replace(group.algo, right_threshold=_mapped_threshold(config, group.data))
+    data, algo = _data(group, config, inputs.data), replace(group.algo, right_threshold=_mapped_threshold(config, group.data))
     return replace(group, data=data, algo=algo, reference=reference, critic=critic)
 
 

@@ -34,14 +34,23 @@ def has_rewards(config: SFTDataConfig) -> bool:
         return False  # the other reader says what columns it needs
 
 
+def _columns(config: SFTDataConfig) -> list[str]:
+    try:
+        return list(first_row(expand([config.path])[0], config.split).values)
+    except DataError:
+        return []  # whoever reads it tells why
+
+
 def offline_data(config: SFTDataConfig) -> OfflineDataConfig:
     """The same settings for a token store, columns of the usual names left to be found."""
     keys = {"prompt_key": config.prompt_key, "response_key": config.completion_key, "messages_key": config.messages_key}
     usual = SFTDataConfig()
     named = {"prompt_key": usual.prompt_key, "response_key": usual.completion_key, "messages_key": usual.messages_key}
+    if config.messages_key in _columns(config):  # a conversation comes first, as in rows without rewards
+        named["messages_key"] = ""
     return OfflineDataConfig(
         path=(config.path,), split=config.split, template="tokenizer" if config.apply_chat_template else "auto", max_length=config.max_length,
-        allow_test_data=config.allow_test_data,
+        allow_test_data=config.allow_test_data, bad_rows=config.bad_rows,
         overlong="drop" if config.overlong == "skip" else "truncate", **{name: key for name, key in keys.items() if key != named[name]},
     )  # fmt: skip
 

@@ -196,6 +196,8 @@ class SFTTrainer(Trainer):
             data = load_sft_trajectories(replace(config.data, max_length=config.max_length), tokenizer)
             if data.num_truncated:
                 print(f"{data.num_truncated} sequences were cut to --max_length {config.max_length} tokens (--data.overlong truncate)")
+            if data.num_bad:
+                print(f"{data.num_bad} rows cannot be used: left out (--data.bad_rows skip)")
             return data.trajectories, [], data.num_overlong
         task = self._task or load_task(config.task)
         train = [solution_trajectory(task, item, tokenizer) for item in task.items("train")]

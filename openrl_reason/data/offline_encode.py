@@ -14,10 +14,10 @@ from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
 from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box, says_nothing
 from openrl_reason.data.offline_steps import StepMap
-from openrl_reason.data.templates import early_end, resolve_template, template_turns
+from openrl_reason.data.templates import Message, resolve_template, template_turns
 from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.turn_end import end_token_ids, end_tokens
+from openrl_reason.models.turn_end import early_end, end_token_ids, end_tokens, without_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,8 +114,7 @@ class Encoder:
     def says_nothing(self, what: Trajectory | Example) -> bool:
         """Whether the policy's part has no text: nothing but blanks and the token that ends it."""
         if isinstance(what, Example):
-            response = what.response.rstrip()
-            return says_nothing(what) or response in self._ends
+            return says_nothing(what) or what.response.strip() in self._ends
         trajectory = what
         said = trajectory.token_ids[trajectory.action_mask]
         said = said[~np.isin(said, self._end_ids)]
@@ -158,14 +157,17 @@ class Encoder:
         template, tail = self.config.template, " " if self.config.eos == "space_eos" else ""
         closed = self.config.eos != "none"
         if not example.messages and template in ("auto", "plain"):
-            response = example.response
-            if response.rstrip().endswith(self._ends):  # closed already; nobody samples what follows the end
-                response, tail, closed = response.rstrip(), "", False
-            self._check_end(example, response, may_end=True)
-            steps = self._given_steps(example, response)
+            said, end = without_end(example.response, self.tokenizer)
+            self._check_end(example, said)
+            tail, closed = ("", False) if end else (tail, closed)  # it is closed already
+            steps = self._given_steps(example, said + end)
             return [Piece(example.prompt), *_action(steps, tail, closed, split=not example.steps)]
         messages = example.messages or ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response})
+        messages = [self._unended(message) for message in messages]
         first = example.first_turn if example.messages else 1
+        for message in messages[first:]:
+            if message["role"] == "assistant":
+                self._check_end(example, message["content"])
         turns = template_turns(messages, first, resolve_template(template, self.tokenizer), self.tokenizer, example.where)
         split = not (example.steps or example.whole_turns)
         pieces: list[Piece] = []
@@ -173,15 +175,18 @@ class Encoder:
         for turn in turns:
             end, ends_here = (tail, closed and turn is turns[-1]) if not turn.end else (turn.end, False)
             learned = self.config.train_turn_end or not turn.end
-            self._check_end(example, turn.reply)
             steps = self._given_steps(example, turn.reply)
             pieces.append(Piece(left_over + turn.context))
             pieces += _action(steps, end if learned and (turn.end or ends_here) else "", ends_here, split=split)
             left_over = "" if learned else turn.end
         return pieces
 
-    def _check_end(self, example: Example, reply: str, *, may_end: bool = False) -> None:
-        if found := early_end(reply, self.tokenizer, may_end=may_end):
+    def _unended(self, message: Message) -> Message:
+        """A reply without the end that its template writes behind it."""
+        return {**message, "content": without_end(message["content"], self.tokenizer)[0]} if message["role"] == "assistant" else message
+
+    def _check_end(self, example: Example, reply: str) -> None:
+        if found := early_end(reply, self.tokenizer):
             raise BadRow("end_inside", example.where, found)
 
     def _given_steps(self, example: Example, reply: str) -> list[str]:

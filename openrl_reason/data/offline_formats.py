@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ KINDS = {
 KEYS = ("prompt", "response", "reward", "label", "chosen", "rejected", "messages")
 """What the settings may name a column for (``prompt_key`` and so on)."""
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
-_PUBLISHED_FIRST_TURN = 3
+_CONSTANT = re.compile(r"ok(ay)?[.!]?(\s+i'll follow your instructions.*)?", re.IGNORECASE | re.DOTALL)
+"""What ALFWorld conversations have the assistant say first: OREO's and ETO's data, and AgentInstruct's."""
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -114,22 +116,22 @@ def detect_layout(names: Sequence[str], config: OfflineDataConfig, where: str) -
         if wanted and wanted not in names and not _is_trajectory(names):
             there = ", ".join(map(str, names)) or "none"
             raise DataError(f"{where}: --data.{purpose}_key is {wanted!r}: no such column{did_you_mean(wanted, map(str, names))}; there are: {there}")
-    return Layout(config.format if config.format != "auto" else _format(names, found, where), found)
+    return Layout(config.format if config.format != "auto" else _format(names, found, config, where), found)
 
 
-def _format(names: Sequence[str], found: Columns, where: str) -> str:
+def _format(names: Sequence[str], found: Columns, config: OfflineDataConfig, where: str) -> str:
     if _is_trajectory(names):
         return "trajectories"
     if found.chosen and found.rejected:
         return "pairs"
     if found.completions and found.labels:
         return "stepwise"
-    if found.messages and found.prompt and found.response:
+    if found.messages and found.prompt and found.response and not (config.messages_key or config.response_key):
         raise DataError(
             f"{where}: there are {found.prompt!r} and {found.response!r}, and a conversation in {found.messages!r}: say which are to be learned, by"
-            " --data.format responses or conversations (or sft, which takes the conversation)"
+            f" --data.messages_key {found.messages} or --data.response_key {found.response}"
         )
-    if found.messages:
+    if found.messages and not config.response_key:
         return "conversations" if found.reward else "sft"
     if found.prompt and found.response:
         return "responses" if found.reward else "labels" if found.label else "sft"
@@ -158,7 +160,7 @@ def parse_row(row: Row, layout: Layout, config: OfflineDataConfig) -> list[Examp
         return _trajectory(row)
     if format == "pairs":
         return _pair(row, columns, config)
-    if format == "conversations" or (format == "sft" and columns.messages):
+    if format == "conversations" or (format == "sft" and columns.messages and not config.response_key):
         return [_conversation(row, columns, config, rewarded=format == "conversations")]
     if format == "stepwise":
         return [_stepwise(row, columns, config)]
@@ -261,7 +263,7 @@ def _messages(row: Row, value: Any, name: str) -> Iterator[Message]:
 def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewarded: bool) -> Example:
     name = _need_name(row, columns.messages, config.messages_key or "conversations")
     messages = tuple(_messages(row, row.values[name], name))
-    first = config.first_action_turn if config.first_action_turn >= 0 else _PUBLISHED_FIRST_TURN if _begins_as_published(messages) else 0
+    first = config.first_action_turn if config.first_action_turn >= 0 else _behind_constant(messages)
     actions = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
     if not actions:
         hint = f" at index {first} or later (--data.first_action_turn {config.first_action_turn}; 0 learns all of them)" if first else ""
@@ -274,10 +276,12 @@ def _conversation(row: Row, columns: Columns, config: OfflineDataConfig, *, rewa
     )  # fmt: skip
 
 
-def _begins_as_published(messages: Sequence[Message]) -> bool:
-    """Whether a conversation begins as those of ALFWorld do: an instruction, the constant "OK", the task."""
-    start = messages[:_PUBLISHED_FIRST_TURN]
-    return [message["role"] for message in start] == ["user", "assistant", "user"] and start[1]["content"].strip().rstrip(".") == "OK"
+def _behind_constant(messages: Sequence[Message]) -> int:
+    """Where actions may begin in a conversation that begins as those of ALFWorld do: an instruction, the constant "OK", the task. Else 0."""
+    system = sum(1 for _ in itertools.takewhile(lambda message: message["role"] == "system", messages))
+    start = messages[system : system + 3]
+    constant = [message["role"] for message in start] == ["user", "assistant", "user"] and _CONSTANT.fullmatch(start[1]["content"].strip())
+    return system + 3 if constant else 0
 
 
 def _pair(row: Row, columns: Columns, config: OfflineDataConfig) -> list[Example]:
@@ -338,8 +342,8 @@ def asks_for_box(example: Example) -> bool:
 
 
 def prompts_of(example: Example) -> list[str]:
-    """What the policy was asked: the text before its response, or each message before its first."""
-    return [message["content"] for message in example.messages[: example.first_turn]] or [example.prompt]
+    """What the policy was asked: the text before its response, or each message of the others."""
+    return [message["content"] for message in example.messages if message["role"] != "assistant"] or [example.prompt]
 
 
 def says_nothing(example: Example) -> bool:

@@ -45,6 +45,8 @@ class PairsConfig:
     """path: column of the better response."""
     rejected_key: str = "rejected"
     """path: column of the worse response."""
+    bad_rows: str = "error"
+    """path: a row that cannot be used (a token in it that ends responses, for instance): error (stop, naming file and line) or skip (counted)."""
     allow_test_data: bool = False
     """path: learn pairs whose prompt is a question of GSM8K's or MATH's published test split, too; otherwise they are an error."""
     apply_chat_template: bool = False
@@ -62,6 +64,7 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         require(self.max_pairs_per_question >= 1, "pairs.max_pairs_per_question", self.max_pairs_per_question, "at least 1")
+        require(self.bad_rows in ("error", "skip"), "pairs.bad_rows", self.bad_rows, "use error or skip")
         require(np.isfinite(self.threshold), "pairs.threshold", self.threshold, "use a finite reward")
         keys = (self.prompt_key, self.chosen_key, self.rejected_key)
         require(len(set(keys)) == 3, "pairs.chosen_key", self.chosen_key, "prompt_key, chosen_key and rejected_key must be three columns")
@@ -286,23 +289,25 @@ def _sample_files(paths: Sequence[str]) -> Iterator[Path]:
 def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 0) -> PairData:
     """The rows of ``config.path``, encoded: the prompt's tokens are those the policy sees when it samples, and an EOS ends each response.
 
-    Counts: ``rows`` = pairs + empty (a response without text) + identical (chosen equals rejected) + too_long (one of them). Rows that come
-    twice stay twice. Raises DataError for rows of another form, naming file and line; ConfigError where a chat template is missing.
+    Counts: ``rows`` = pairs + bad (left out with bad_rows "skip") + empty (a response without text) + identical (chosen equals rejected) +
+    too_long (one of them). Rows that come twice stay twice. Raises DataError for rows of another form, naming file and line; ConfigError where
+    a chat template is missing.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token, so no response could ever end; set eos_token in its tokenizer_config.json")
     data = PairData(counts=Counter(rows=0))
     for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split)):
         data.counts["rows"] += 1
-        prompt, chosen, rejected = pair_texts(row, config)
-        asked = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt if isinstance(message, dict)]
-        if not config.allow_test_data and any(map(asks_a_test_question, asked)):
-            raise DataError(f"{row.where}: {TEST_QUESTION}. --pairs.allow_test_data true if this is meant")
-        if is_empty(chosen) or is_empty(rejected):
+        try:
+            sides = _sides(row, config, tokenizer)
+        except DataError as error:
+            if config.bad_rows == "error":
+                raise DataError(f"{error} (--pairs.bad_rows skip leaves such rows out, counted)") from error
+            data.counts["bad"] += 1
+            continue
+        if sides is None:
             data.counts["empty"] += 1
             continue
-        named = {config.chosen_key: chosen, config.rejected_key: rejected}
-        sides = [_encode(row, prompt, key, response, config, tokenizer) for key, response in named.items()]
         if np.array_equal(sides[0].token_ids, sides[1].token_ids):
             data.counts["identical"] += 1
         elif max_length and max(side.num_tokens for side in sides) > max_length:
@@ -311,6 +316,18 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
             data.counts["pairs"] += 1
             data.pairs.append(_pair(*sides, str(index)))
     return data
+
+
+def _sides(row: Row, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Trajectory] | None:
+    """Chosen and rejected; None where one of them says nothing."""
+    prompt, chosen, rejected = pair_texts(row, config)
+    asked = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt if isinstance(message, dict)]
+    if not config.allow_test_data and any(map(asks_a_test_question, asked)):
+        raise DataError(f"{row.where}: {TEST_QUESTION}. --pairs.allow_test_data true if this is meant")
+    if is_empty(chosen) or is_empty(rejected):
+        return None
+    named = {config.chosen_key: chosen, config.rejected_key: rejected}
+    return [_encode(row, prompt, key, response, config, tokenizer) for key, response in named.items()]
 
 
 def pair_texts(row: Row, config: PairsConfig) -> tuple[Any, Any, Any]:

@@ -18,10 +18,9 @@ from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.readers import Row, read_rows
 from openrl_reason.data.templates import incremental_turns, refuse_what_is_lost
-from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
+from openrl_reason.data.token_text import ANCHOR_CHARACTERS, continued_ids
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
-from openrl_reason.models.turn_end import turn_end_token
-from openrl_reason.tasks.base import render_chat
+from openrl_reason.models.turn_end import early_end, turn_end_token, without_end
 from openrl_reason.tasks.leakage import TEST_QUESTION, asks_a_test_question
 
 if TYPE_CHECKING:
@@ -51,6 +50,9 @@ class SFTDataConfig:
     """Longest sequence in tokens. (The sft command sets it from --max_length.)"""
     overlong: str = "skip"
     """What happens to a longer one: skip (left out, counted) or truncate (its end is cut off, counted)."""
+    bad_rows: str = "error"
+    """A row that cannot be used (a missing column, an empty reply, a token in it that ends replies): error (stop, naming file and line) or skip
+    (left out, counted)."""
     allow_test_data: bool = False
     """Learn rows whose prompt is a question of GSM8K's or MATH's published test split, too; otherwise they are an error."""
     num_rows: int = 0
@@ -70,6 +72,7 @@ class SFTDataConfig:
         require(
             self.min_reward is None or math.isfinite(self.min_reward), "data.min_reward", self.min_reward, "a finite reward, or null for no filter"
         )
+        require(self.bad_rows in ("error", "skip"), "data.bad_rows", self.bad_rows, "use error or skip")
         if self.overlong not in OVERLONG:
             raise ConfigError(f"overlong={self.overlong!r} is unknown; use skip or truncate{did_you_mean(self.overlong, OVERLONG)}")
         if self.max_length < 2:
@@ -86,6 +89,8 @@ class SFTData:
     """Rows longer than max_length that were left out (with "truncate": those of which no reply token was left)."""
     num_truncated: int
     """Rows that were cut."""
+    num_bad: int = 0
+    """Rows that could not be used (with bad_rows "skip")."""
 
 
 Piece = tuple[str, bool]
@@ -99,11 +104,17 @@ def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerB
         raise ConfigError("the tokenizer has no EOS token, so no reply could ever end; set eos_token in its tokenizer_config.json")
     rows = read_rows(config.path, split=config.split, limit=config.num_rows)
     kept: list[Trajectory] = []
-    num_overlong = num_truncated = 0
+    num_overlong = num_truncated = num_bad = 0
     for index, row in enumerate(rows):
-        token_ids, turns = encode_row(row, config, tokenizer)
-        if not config.allow_test_data and any(map(asks_a_test_question, _prompts(row, config))):
-            raise DataError(f"{row.where}: {TEST_QUESTION}. --data.allow_test_data true if this is meant")
+        try:
+            token_ids, turns = encode_row(row, config, tokenizer)
+            if not config.allow_test_data and any(map(asks_a_test_question, _prompts(row, config))):
+                raise DataError(f"{row.where}: {TEST_QUESTION}. --data.allow_test_data true if this is meant")
+        except DataError as error:
+            if config.bad_rows == "error":
+                raise DataError(f"{error} (--data.bad_rows skip leaves such rows out, counted)") from error
+            num_bad += 1
+            continue
         if len(token_ids) > config.max_length:
             token_ids, turns = token_ids[: config.max_length], turns[: config.max_length]
             if config.overlong == "skip" or max(turns) < 0:
@@ -112,8 +123,9 @@ def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerB
             num_truncated += 1
         kept.append(_trajectory(index, row, token_ids, turns))
     if not kept:
-        raise DataError(f"{config.path}: all {len(rows)} rows are longer than max_length={config.max_length}")
-    return SFTData(kept, num_overlong, num_truncated)
+        bad = f" ({num_bad} of them cannot be used)" if num_bad else ""
+        raise DataError(f"{config.path}: all {len(rows)} rows are longer than max_length={config.max_length}{bad}")
+    return SFTData(kept, num_overlong, num_truncated, num_bad)
 
 
 def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -125,17 +137,19 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
     for number, (text, learned) in enumerate(pieces):
         _check_text(row, text)
         if not learned:
-            ids = _ids(carried + text, tokenizer, before, add_special=not is_chat and not token_ids)
-            before = (before + carried + text)[-ANCHOR_CHARACTERS:]
+            text = carried + text
+            ids = continued_ids(text, tokenizer, before) if is_chat or token_ids else _prompt_ids(text, tokenizer)
+            before = (before + text)[-ANCHOR_CHARACTERS:]
             token_ids += ids
             turns += [-1] * len(ids)
             continue
         # A template may write more after the token that ends the turn (a newline, mostly). Nobody samples that: it belongs to the context.
-        reply, end, carried = _split_end(text, tokenizer) if is_chat else (text, "", "")
-        ids = _ids(reply + end, tokenizer, before)
+        reply, end, carried = _split_end(text, tokenizer) if is_chat else (*without_end(text, tokenizer), "")
+        if found := early_end(reply, tokenizer):
+            raise DataError(f"{row.where}: {found}")
+        ids = continued_ids(reply + end, tokenizer, before)
         before = (before + reply + end)[-ANCHOR_CHARACTERS:]
-        is_open = not end and (number + 1 == len(pieces) or not is_chat)
-        if is_open and (not ids or ids[-1] != tokenizer.eos_token_id):
+        if not end and (number + 1 == len(pieces) or not is_chat):
             ids.append(tokenizer.eos_token_id)
         token_ids += ids
         turns += [turn] * len(ids)
@@ -147,15 +161,9 @@ def encode_row(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBa
     return token_ids, turns
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, before: str, *, add_special: bool = False) -> list[int]:
-    """A text that continues ``before``: a tokenizer that marks the beginning of a text (a blank in front, as SentencePiece has it) must not do so
-    in the middle of one."""
-    for anchor in (before, "\n") if before and text and marks_beginnings(tokenizer) else ():
-        behind, alone = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor + text, anchor))
-        if behind[: len(alone)] == alone:
-            return list(behind[len(alone) :])
-    ids = list(tokenizer(text, add_special_tokens=add_special)["input_ids"])
-    if add_special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers close every text; a prompt is not closed
     return ids
 
@@ -170,9 +178,8 @@ def _check_text(row: Row, text: str) -> None:
 
 def _split_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """(reply, the token that ends it, rest) of what a template made of the assistant's message."""
-    end = tokenizer.eos_token if tokenizer.eos_token in text else turn_end_token(tokenizer)
-    head, found, tail = text.partition(end) if end else (text, "", "")
-    return head, found, tail
+    end = turn_end_token(tokenizer)
+    return text.rpartition(end) if end and end in text else (text, "", "")
 
 
 def _pieces(row: Row, config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Piece], bool]:
@@ -224,12 +231,13 @@ def _messages(row: Row, key: str) -> list[dict[str, str]]:
 def _chat_pieces(row: Row, messages: Sequence[dict[str, Any]], first_learned: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Cut the rendered conversation where replies begin and end, by rendering it up to there: what the model sees when it replies."""
 
-    def render(part: Sequence[dict[str, Any]], reply_follows: bool) -> str:
-        return render_chat(part, tokenizer, add_generation_prompt=reply_follows)
-
     pieces: list[Piece] = []
-    for index, context, reply in incremental_turns(messages, first_learned, render, row.where):
-        refuse_what_is_lost(messages[index], reply, tokenizer, f"{row.where}: message {index}")
+    unended = [{**one, "content": without_end(one["content"], tokenizer)[0]} if one["role"] == "assistant" else one for one in messages]
+    for index, message in enumerate(unended):
+        if message["role"] == "assistant" and index >= first_learned and (found := early_end(message["content"], tokenizer)):
+            raise DataError(f"{row.where}: message {index}: {found}")
+    for index, context, reply in incremental_turns(unended, first_learned, tokenizer, row.where):
+        refuse_what_is_lost(messages[index], reply, f"{row.where}: message {index}")
         pieces += [(context, False), (reply, True)]
     return pieces
 

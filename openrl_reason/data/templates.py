@@ -7,12 +7,12 @@ of the turn, since such a conversation is no single sequence that a policy could
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrl_reason.errors import ConfigError, DataError
-from openrl_reason.models.turn_end import end_tokens, find_end
+from openrl_reason.models.turn_end import end_tokens, find_end, turn_end_token
 from openrl_reason.tasks.prompts import render_chat
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def template_turns(messages: Sequence[Message], first_turn: int, template: str, 
     if template != "tokenizer":
         return list(_markup_turns(messages, first_turn, MARKUPS[template], tokenizer.eos_token))
     turns, carried = [], ""
-    for index, context, text in incremental_turns(messages, first_turn, lambda part, reply: _render(part, reply, tokenizer), where):
+    for index, context, text in incremental_turns(messages, first_turn, tokenizer, where):
         reply, end, rest = _split_reply(text, messages[index]["content"], tokenizer, f"{where}: message {index}")
         turns.append(Turn(carried + context, reply, end))
         carried = rest
@@ -78,20 +78,20 @@ def template_turns(messages: Sequence[Message], first_turn: int, template: str, 
 
 
 def incremental_turns(
-    messages: Sequence[Message], first_turn: int, render: Callable[[Sequence[Message], bool], str], where: str
+    messages: Sequence[Message], first_turn: int, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> Iterator[tuple[int, str, str]]:
-    """(index, context, text) of each message of the assistant from index ``first_turn`` on; the pieces join to the rendered conversation.
+    """(index, context, text) of each message of the assistant from index ``first_turn`` on, rendered by the tokenizer's template: what the model
+    sees when it replies, and the reply with the token that ends it; the pieces join to the rendered conversation.
 
-    ``render(messages, reply_follows)`` gives the text up to there: what the model sees when it replies, or after it has. Raises DataError,
-    naming the message, where one rendering does not continue the one before."""
-    done = ""
+    Raises DataError, naming the message, where one rendering does not continue the one before."""
+    done, end = "", turn_end_token(tokenizer)
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_turn:
             continue
         if index == 0:
             raise DataError(f"{where}: message 0: the conversation begins with the assistant, and a tokenizer's template needs a message before it")
         try:
-            before, after = render(messages[:index], True), render(messages[: index + 1], False)
+            before, after = _render(messages[:index], True, tokenizer), _render(messages[: index + 1], False, tokenizer)
         except DataError as error:
             raise DataError(f"{where}: message {index}: {error}") from None
         if not before.startswith(done) or not after.startswith(before):
@@ -99,29 +99,19 @@ def incremental_turns(
                 f"{where}: message {index}: the chat template writes earlier turns differently once later ones follow, so this conversation has "
                 "no single token sequence; give one row per assistant turn, or use another template"
             )
-        yield index, before[len(done) :], after[len(before) :]
-        done = after
+        text = after[len(before) :]
+        if end and (place := text.find(end, max(text.find(message["content"].strip()), 0))) >= 0:
+            text = text[: place + len(end)]  # what a template writes behind the last turn alone (EOS) is not there once others follow
+        yield index, before[len(done) :], text
+        done = before + text
 
 
-def refuse_what_is_lost(message: Mapping[str, Any], rendered: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises DataError for a message of the assistant that says more than its template wrote, or that ends before its text does."""
+def refuse_what_is_lost(message: Mapping[str, Any], rendered: str, where: str) -> None:
+    """Raises DataError for a message of the assistant that says more than its template wrote."""
     for part in ("tool_calls", "function_call", "reasoning_content"):
         if message.get(part) and not _mentions(rendered, message[part]):
             what = f"has {part}, which the policy wrote and the chat template leaves out: write it into 'content' as the policy is to write it"
             raise DataError(f"{where}: the message {what}")
-    if found := early_end(message["content"], tokenizer):
-        raise DataError(f"{where}: {found}")
-
-
-def early_end(text: str, tokenizer: PreTrainedTokenizerBase, *, may_end: bool = False) -> str:
-    """What is wrong with a reply in whose text a token stands that ends a reply (with ``may_end``: before its end): no policy could have written
-    what follows. Empty where all is well."""
-    last = len(text.rstrip())
-    for end in end_tokens(tokenizer):
-        place = text.find(end)
-        if 0 <= place and not (may_end and place + len(end) == last):
-            return f"{end!r}, which ends a response, stands in the text of one: {text[max(place - 20, 0) : place + len(end) + 20]!r}"
-    return ""
 
 
 def _mentions(text: str, value: Any) -> bool:
@@ -183,9 +173,10 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
             )
         return "tokenizer"
     turn_end = MARKUPS[template].turn_end.replace("{eos}", tokenizer.eos_token)
-    if turn_end and turn_end not in tokenizer.get_vocab():
+    if turn_end and turn_end not in end_tokens(tokenizer):
+        ends = " and ".join(map(repr, end_tokens(tokenizer)))
         raise ConfigError(
-            f"--data.template {template} ends turns with {turn_end!r}, which is no token of this tokenizer, so no engine would stop there: use a "
-            "template of the model's, or plain"
+            f"--data.template {template} ends turns with {turn_end!r}, and of this tokenizer engines stop at {ends} alone: use its own template, or "
+            "plain"
         )
     return template

@@ -21,6 +21,15 @@ def marks_beginnings(tokenizer: Any) -> bool:
     return behind != [*line_feed, *alone]
 
 
+def continued_ids(text: str, tokenizer: Any, before: str) -> list[int]:
+    """Token ids of a text that continues ``before``: a tokenizer that marks the beginning of a text must not do so in the middle of one."""
+    for anchor in (before[-ANCHOR_CHARACTERS:], "\n") if before and text and marks_beginnings(tokenizer) else ():
+        behind, alone = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor + text, anchor))
+        if behind[: len(alone)] == alone:
+            return list(behind[len(alone) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def token_pieces(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[str] | None:
     """Text that each token adds to ``text``, the decoded ids without special tokens; ``"".join(result) == text``.
 

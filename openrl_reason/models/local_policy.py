@@ -12,6 +12,7 @@ from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.models.attention import choose_attention
 from openrl_reason.models.loading import load_causal_lm, load_tokenizer
 from openrl_reason.models.policy import LanguageModel, ModelOutput
+from openrl_reason.models.turn_end import end_token_ids
 
 
 class LocalPolicy:
@@ -19,6 +20,7 @@ class LocalPolicy:
 
     def __init__(self, path: str, *, lr: float = 1e-4, seed: int = 0, max_grad_norm: float = 1.0) -> None:
         self.tokenizer = load_tokenizer(path)
+        self._ends = end_token_ids(self.tokenizer)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         attention = choose_attention("auto", self.device)
         self.model = LanguageModel(load_causal_lm(path, "float32", attn_implementation=attention), attn_impl=attention).to(self.device)
@@ -38,12 +40,12 @@ class LocalPolicy:
         prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         sampled: list[int] = []
         logprobs: list[float] = []
-        while len(sampled) < max_new_tokens and (not sampled or sampled[-1] != self.tokenizer.eos_token_id):
+        while len(sampled) < max_new_tokens and (not sampled or sampled[-1] not in self._ends):
             distribution = self._next_logprobs([*prompt, *sampled], temperature)
             token = int(torch.multinomial(distribution.exp(), 1, generator=self._generator))
             sampled.append(token)
             logprobs.append(float(distribution[token]))
-        stop = StopReason.EOS if sampled[-1] == self.tokenizer.eos_token_id else StopReason.LENGTH
+        stop = StopReason.EOS if sampled[-1] in self._ends else StopReason.LENGTH
         trajectory = Trajectory.from_completion(
             prompt, sampled, logprobs, task_id=task_id, group_id=task_id, sample_index=sample_index, policy_version=self._version, stop_reason=stop
         )

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 _PROBE = "41+1=42"
 
 
+KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>")
+"""What ends a turn where there is no chat template to tell, but the vocabulary has the token: base models have those of their families."""
+
+
 def find_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
-    """(place, token) of the token that ends a turn in the ``text`` that a chat template wrote behind it: EOS if it is there, else the first
-    special one; None without any."""
-    if tokenizer.eos_token and tokenizer.eos_token in text:
-        return text.find(tokenizer.eos_token), tokenizer.eos_token
-    added = (str(token) for token in tokenizer.get_added_vocab())
+    """(place, token) of the token that ends a turn in the ``text`` that a chat template wrote behind it: the first one of EOS and the tokens that
+    were added to the vocabulary; None without any."""
+    added = (str(token) for token in (*tokenizer.get_added_vocab(), tokenizer.eos_token) if token)
     return min(((text.find(token), token) for token in added if token.strip() and token in text), default=None)  # some add line feeds
 
 
@@ -44,9 +46,31 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The tokens that end a response: EOS, and the chat template's end of turn if it is another."""
-    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token, turn_end_token(tokenizer)) if token))
+    return _end_tokens(tokenizer, str(tokenizer.chat_template or ""))
+
+
+@functools.lru_cache(maxsize=16)
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    turn_ends = (_turn_end(tokenizer, template),) if template else tuple(token for token in KNOWN_ENDS if token in tokenizer.get_added_vocab())
+    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token, *turn_ends) if token))
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Their ids."""
     return tuple(tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))))
+
+
+def without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(text, the token that ends it): a reply that is written with its end, which nobody samples anything behind; ("...", "") for any other."""
+    said = text.rstrip()
+    return next(((said.removesuffix(end), end) for end in end_tokens(tokenizer) if said.endswith(end)), (text, ""))
+
+
+def early_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is wrong with a reply in whose text a token stands that ends a reply: no policy could have written what follows. Empty where all is
+    well."""
+    for end in end_tokens(tokenizer):
+        place = text.find(end)
+        if place >= 0:
+            return f"{end!r}, which ends a response, stands in the text of one: {text[max(place - 20, 0) : place + len(end) + 20]!r}"
+    return ""

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrl_reason.core.seeds import content_id
+from openrl_reason.data.token_text import continued_ids
 from openrl_reason.errors import ConfigError, DataError, OpenRLError, did_you_mean
+from openrl_reason.models.turn_end import turn_end_token
 from openrl_reason.tasks.config import TaskConfig
 from openrl_reason.tasks.few_shot import FewShot
 from openrl_reason.tasks.graders import GradeResult, check_kind
@@ -235,12 +237,15 @@ class Task:
         return ids
 
     def encode_solution(self, item: TaskItem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the reference solution and the EOS token: what SFT trains on, to be appended to :meth:`encode_prompt`."""
+        """Token ids of the reference solution and the token that ends it (EOS, or a chat template's end of turn): what SFT trains on, to be appended
+        to :meth:`encode_prompt`."""
         if item.solution is None:
             raise DataError(f"task {self.name}: item {item.task_id} has no reference solution to train on")
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no EOS token, so no solution could ever end; set eos_token in its tokenizer_config.json")
-        return [*tokenizer(self.style.glue + item.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        end = turn_end_token(tokenizer) if self.chat else ""
+        end_id = tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
+        return [*continued_ids(self.style.glue + item.solution, tokenizer, "\n"), end_id]
 
     def encode_prompts(self, items: Sequence[TaskItem], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> EncodedPrompts:
         """Encode many prompts; those longer than ``max_prompt_tokens`` are left out and counted. Raises DataError if none is left."""

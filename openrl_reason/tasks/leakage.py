@@ -97,30 +97,48 @@ def all_test_hashes() -> frozenset[bytes]:
 
 @functools.lru_cache(maxsize=64)  # siblings stand together, and prompts may be long
 def asks_a_test_question(prompt: str) -> bool:
-    """Whether a prompt is a question of a published test split, as it is or with what prompts put around one: chat markup, a role or a word in front,
-    an instruction before or behind, other questions above. A question that was cut or reworded is not found."""
+    """Whether a prompt is a question of a published test split, as it is or with what is usual around one: chat markup, a role or a word in front,
+    an instruction before or behind, other questions above. A question that was cut or reworded, or stands in a sentence, is not found."""
     known = all_test_hashes()
     return any(question_hash(text) in known for text in dict.fromkeys(_questions_in(prompt)))
 
 
-_MARKUP = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(?:用户|AI)>")
-_LEAD = re.compile(r"\s*(?:(?:system|user|human)\s*\n|(?:question|problem|user|human|instruction|q)\s*:)\s*", re.IGNORECASE)
+_MARKUP = re.compile(r"<[|\uff5c][^|\uff5c<>]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|(?:start|end)_of_turn)>|\[/?INST\]|<(?:用户|AI)>")
+_ROLE = re.compile(r"(?:^|(?<=\s))\**(?:system|user|human|assistant|model|question|problem|instruction|answer|solution|q|a)\**:\**(?=\s|$)", re.I)
+_NAME = re.compile(r"\s*(?:system|user|human|model|assistant)\s*\n", re.IGNORECASE)
+_BEFORE = re.compile(r"(?:solve|answer|work out)\s[^.:?]{0,80}[.:]\s+", re.IGNORECASE)
+_ASKED_FOR = ("step by step", "step-by-step", "put your ")
+"""What instructions behind a question say; the sentence is left off."""
 _SHORTEST_LINE = 40
 """Characters of a line that is looked at on its own: shorter ones are in many prompts."""
 
 
 def _questions_in(prompt: str) -> Iterator[str]:
     yield prompt
-    for part in _MARKUP.split(prompt):
-        lead = _LEAD.match(part)
-        lines = (part[lead.end() :] if lead else part).strip().split("\n")
-        for first in range(2 if lines[0].rstrip().endswith(":") else 1):  # "### Instruction:"
-            for last in range(len(lines), max(len(lines) - 4, first), -1):  # an instruction behind, and an "Assistant:" behind that
-                yield "\n".join(lines[first:last])
-        for line in lines if len(lines) > 1 else ():
-            if len(line) >= _SHORTEST_LINE:
-                lead = _LEAD.match(line)
-                yield line[lead.end() :] if lead else line
+    for marked in _MARKUP.split(prompt):
+        name = _NAME.match(marked)
+        whole = marked[name.end() :] if name else marked
+        for part in dict.fromkeys((whole, *_ROLE.split(whole))):
+            lines = part.strip().split("\n")
+            for first in range(2 if lines[0].rstrip().endswith(":") else 1):  # "### Instruction:"
+                for last in range(len(lines), max(len(lines) - 4, first), -1):  # an instruction behind, and an "Assistant:" behind that
+                    yield from _bare("\n".join(lines[first:last]))
+            for line in lines if len(lines) > 1 else ():
+                if len(line) >= _SHORTEST_LINE:
+                    yield from _bare(line)
+
+
+def _bare(text: str) -> Iterator[str]:
+    """The text, and what is left of it without instructions in the same line."""
+    yield text
+    start, end = found.end() if (found := _BEFORE.match(text)) else 0, len(text)
+    lower = text.lower()
+    for words in _ASKED_FOR:
+        place = lower.find(words, start)
+        if 0 <= place < end:
+            end = max(text.rfind(mark, start, place) for mark in ".?!$])}\n") + 1
+    if start < end and (start, end) != (0, len(text)):
+        yield text[start:end]
 
 
 def unpack(packed: str) -> frozenset[bytes]:

@@ -21,7 +21,7 @@ from typing import Any
 from openrl_reason.core.trajectory import StopReason
 from openrl_reason.environment import device_kind, lasting_imports, prepare_environment, require
 from openrl_reason.errors import ConfigError, WorkerError
-from openrl_reason.models.turn_end import end_token_ids
+from openrl_reason.models.turn_end import KNOWN_ENDS, end_token_ids
 from openrl_reason.workers.network import node_address
 from openrl_reason.workers.prefix_reuse import HeldRequests, attach
 from openrl_reason.workers.rollout_config import Completion, Request, RolloutConfig, check_requests
@@ -385,8 +385,10 @@ def read_eos_ids(model_path: str, trust_remote_code: bool = False) -> list[int]:
     settings = read("tokenizer_config.json")
     eos = settings.get("eos_token")
     text = eos["content"] if isinstance(eos, dict) else eos
-    ids.update(token["id"] for token in read("tokenizer.json").get("added_tokens", []) if token["content"] == text)
-    if settings.get("chat_template") or _cached(model_path, "chat_template.jinja"):
+    has_template = settings.get("chat_template") or _cached(model_path, "chat_template.jinja")
+    ends = (text,) if has_template else (text, *KNOWN_ENDS)
+    ids.update(token["id"] for token in read("tokenizer.json").get("added_tokens", []) if token["content"] in ends)
+    if has_template:
         tokenizer = require("transformers").AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         ids.update(end_token_ids(tokenizer))
     return sorted(ids)

@@ -186,7 +186,11 @@ def test_every_algorithm_is_given_its_data_and_threshold(run, name):
     ((algorithm, config),) = trained(fakes)
     assert algorithm is ALGORITHMS[name] and algorithm.trainer_class().__name__.endswith("Trainer")
     assert config.data.path and config.policy.path and config.run.output_dir.endswith("round-00/train")
-    thresholds = {"rejection": lambda: config.data.min_reward, "dpo": lambda: config.pairs.threshold, "kto": lambda: config.label_threshold}
+    assert not config.data.allow_test_data
+    fakes = run("meant", algorithm=name, collect=CollectConfig(threshold=0.25), rounds=1, task=TaskConfig(allow_test_data_in_training=True))
+    assert trained(fakes)[0][1].data.allow_test_data, "what the task may train on, the round's trainer may"
+    thresholds = {"rejection": lambda: config.data.min_reward, "dpo": lambda: config.pairs.threshold, "kto": lambda: config.label_threshold,
+                  "oreo": lambda: config.algo.right_threshold}  # fmt: skip
     assert thresholds.get(name, lambda: 0.25)() == 0.25
     algorithm.trainer_class()(config)  # takes the settings
 

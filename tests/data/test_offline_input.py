@@ -69,9 +69,17 @@ def test_a_reward_behind_rows_without_one_is_not_lost(suffix, model, tmp_path):
 def test_a_response_and_a_conversation_in_one_row_need_a_choice(model, tmp_path):
     row = {"prompt": "1?", "response": "right", "reward": 1, "messages": [user("1?"), assistant("other")]}
     file = write_lines(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(DataError, match="say which are to be learned, by --data.format responses or conversations"):
+    with pytest.raises(DataError, match="say which are to be learned, by --data.messages_key messages or --data.response_key response"):
         build(file, model, tmp_path)
-    assert build(file, model, tmp_path, format="responses").trajectory(0).num_actions == len("right") + 1
+    for settings in ({"format": "responses"}, {"response_key": "response"}):
+        assert build(file, model, tmp_path, **settings).trajectory(0).num_actions == len("right") + 1
+    for settings in ({"format": "conversations"}, {"messages_key": "messages"}):
+        store = build(file, model, tmp_path, **settings)
+        assert store.kind == "responses" and store.trajectory(0).num_actions == len("other") + 1
+    from openrl_reason.algorithms.rejection import offline_data
+
+    config = offline_data(SFTDataConfig(path=file, min_reward=1.0))  # as sft reads such rows without a reward
+    assert config.messages_key == "messages"
 
 
 def test_equal_rows_are_told(model, tmp_path):
@@ -86,7 +94,7 @@ def test_equal_rows_are_told(model, tmp_path):
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
 def test_the_end_of_a_response_in_its_middle_is_a_bad_row(end, tokenizer):
     for row in ({"prompt": "Q", "response": f"a{end} b", "reward": 1}, {"messages": [user("Q"), assistant(f"a{end} b")], "reward": 1},
-                {"messages": [user("Q"), assistant(f"a{end}")], "reward": 1}):  # fmt: skip
+                ):  # fmt: skip
         with pytest.raises(DataError, match=r"x.jsonl:1: .*ends a response, stands in the text of one"):
             encode(row, tokenizer)
         kept, encoder = encode(row, tokenizer, bad_rows="skip")
@@ -98,16 +106,23 @@ def test_a_text_that_ends_already_gets_no_second_end(end, tokenizer):
     for tail in ("", "\n", " \n"):
         trajectory = one({"prompt": "Q", "response": f"ab{end}{tail}", "reward": 1}, tokenizer)
         assert tokenizer.decode(trajectory.response_ids) == f"ab{end}"
+        ids, turns = encode_row(Row("x:1", {"prompt": "Q", "completion": f"ab{end}{tail}"}), SFTDataConfig(path="x"), tokenizer)
+        assert ids == trajectory.token_ids.tolist()
+        chat = [user("Q"), assistant(f"ab{end}{tail}")]
+        trajectory = one({"messages": chat, "reward": 1}, tokenizer)
+        assert tokenizer.decode(trajectory.response_ids) == "ab<|im_end|>"
+        ids, turns = encode_row(Row("x:1", {"messages": chat}), SFTDataConfig(path="x"), tokenizer)
+        assert ids == trajectory.token_ids.tolist()
     kept, encoder = encode({"prompt": "Q", "response": f"{end}\n", "reward": 1}, tokenizer)
     assert not kept and encoder.counts["empty"] == 1
 
 
 def test_a_template_that_ends_turns_with_what_is_no_token_is_refused():
     tokenizer = metaspace_tokenizer()
-    assert one({"prompt": "Q", "response": "a", "reward": 1}, tokenizer, template="llama3").num_actions
+    assert tokenizer.decode(one({"prompt": "Q", "response": "a", "reward": 1}, tokenizer, template="llama3").response_ids) == "a<|eot_id|>"
     from openrl_reason.models.tiny import make_tokenizer
 
-    with pytest.raises(ConfigError, match="--data.template llama3 ends turns with '<|eot_id|>', which is no token of this tokenizer"):
+    with pytest.raises(ConfigError, match=r"--data.template llama3 ends turns with '<\|eot_id\|>', and of this tokenizer engines stop at .* alone"):
         encode({"prompt": "Q", "response": "a", "reward": 1}, make_tokenizer(), template="llama3")
 
 
@@ -129,6 +144,7 @@ def test_no_blank_comes_between_a_prompt_and_its_response_that_nobody_wrote(prom
     ({"messages": [user("x"), assistant("", tool_calls=[{"function": {"name": "add"}}])]}, "has tool_calls, which the policy wrote"),
     ({"prompt": "q", "completion": "a\ud800b"}, "half of a character"), ({"prompt": "q\ud800", "completion": "ab"}, "half of a character"),
     ({"messages": [user("x\ud800"), assistant("a")]}, "half of a character"), ({"prompt": "", "completion": "ab"}, "the prompt is empty"),
+    ({"prompt": "q", "completion": "a</s>b"}, "'</s>', which ends a response, stands in the text"),
     ({"prompt": "q", "completion": " "}, "column 'completion' has no text"),
     ({"prompt": "q", "completion": None}, "column 'completion' holds 'None'"),
     ({"prompt": 5, "completion": "a"}, "column 'prompt' holds '5'"),
@@ -174,6 +190,24 @@ def test_a_limit_that_another_flag_decides_is_refused():
     with pytest.raises(ConfigError, match="--data.max_length is 20: --max_length .* limits sequences in this command"):
         DPOConfig(data=OfflineDataConfig(max_length=20))
     DPOConfig(data=OfflineDataConfig(max_length=20), max_length=20)
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
+    from openrl_reason.data.pairs import read_pairs
+    from openrl_reason.data.sft import load_sft_trajectories
+
+    plain = byte_tokenizer()
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a</s>b"}, {"prompt": "q", "completion": "a"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*\(--data.bad_rows skip leaves such rows out, counted\)"):
+        load_sft_trajectories(SFTDataConfig(path=file), plain)
+    data = load_sft_trajectories(SFTDataConfig(path=file, bad_rows="skip"), plain)
+    assert len(data.trajectories) == 1 and data.num_bad == 1
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": "c"} for chosen in ("a</s>b", "a")]
+    file = write_lines(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: .*\(--pairs.bad_rows skip leaves such rows out, counted\)"):
+        read_pairs(PairsConfig(path=file), plain)
+    pairs = read_pairs(PairsConfig(path=file, bad_rows="skip"), plain)
+    assert len(pairs.pairs) == 1 and pairs.counts["bad"] == 1 and pairs.counts["rows"] == 2
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,18 @@ def test_the_constant_ok_is_learned_only_if_asked_for(tokenizer):
         encode(row | {"conversations": row["conversations"][:3]}, tokenizer, template="minicpm")
 
 
+@pytest.mark.parametrize("constant, known", [
+    ("OK", True), ("Ok.", True), ("OK. I'll follow your instructions and try my best to solve the task.", True), ("OK, here is the code", False),
+])  # fmt: skip
+@pytest.mark.parametrize("system", [False, True])
+def test_the_constant_that_agents_data_begin_with_is_known_in_its_published_forms(constant, known, system, tokenizer):
+    said = [("system", "S")] * system + [("user", "I"), ("assistant", constant), ("user", "t"), ("assistant", "a1")]
+    row = {"conversations": [{"role": role, "content": content} for role, content in said], "reward": 1}
+    (encoded,), encoder = encode(row, tokenizer, template="chatml", train_turn_end=False)
+    assert tokenizer.decode(encoded.token_ids[encoded.step_ids >= 0]) == ("a1" if known else constant + "a1")
+    assert encoder.counts["with_replies_read_only"] == int(known)
+
+
 @pytest.mark.parametrize("column", ["conversations", "messages"])
 @pytest.mark.parametrize("said", [
     [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")],

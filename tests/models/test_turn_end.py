@@ -32,6 +32,7 @@ def test_the_token_that_ends_a_turn_is_the_templates(template, end):
     tokenizer = tokenizer_with(template)
     assert turn_end_token(tokenizer) == end
     names = ["</s>", *([end] if end not in ("", "</s>") else [])]
+    names += ["<|im_end|>", "<|eot_id|>"] if template is None else []  # what base models have, and nothing says how chats end
     assert end_token_ids(tokenizer) == tuple(tokenizer.convert_tokens_to_ids(names))
 
 
@@ -47,6 +48,35 @@ def test_fine_tuning_on_chats_learns_to_end_turns_and_nothing_behind_them(templa
     assert between in whole and tokenizer.apply_chat_template(row.values["messages"], tokenize=False).startswith(whole)
 
 
+PHI = (  # the turn ends with one token, and the conversation with another
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_what_a_template_writes_behind_the_last_turn_alone_is_not_learned_and_not_in_the_way():
+    tokenizer = tokenizer_with(PHI)
+    said = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said], "reward": 1}
+    ids, turns = encode_row(Row("x:1", row), SFTDataConfig(path="x"), tokenizer)
+    assert tokenizer.decode([token for token, turn in zip(ids, turns, strict=True) if turn >= 0]) == "A1<|im_end|>A2<|im_end|>"
+    assert ids == one(row, tokenizer).token_ids.tolist()
+
+
+def test_solutions_of_a_chat_task_end_as_chats_do_and_without_a_blank_that_nobody_wrote():
+    from openrl_reason.tasks import TaskConfig, load_task
+    from tests.data.offline_helpers import metaspace_tokenizer
+
+    plain = load_task(TaskConfig(name="arithmetic"))
+    chat = load_task(TaskConfig(name="arithmetic", apply_chat_template=True))
+    tokenizer, item = tokenizer_with(CHATML), plain.items("train")[0]
+    assert tokenizer.decode(plain.encode_solution(item, tokenizer)).endswith("</s>")
+    assert tokenizer.decode(chat.encode_solution(item, tokenizer)).endswith("<|im_end|>")
+    sentencepiece = metaspace_tokenizer()
+    first = sentencepiece.convert_ids_to_tokens(plain.encode_solution(item, sentencepiece)[0])
+    assert sentencepiece.tokenize(item.solution)[0].startswith("\u2581") and not first.startswith("\u2581")
+
+
 def test_a_template_without_an_end_of_turn_still_teaches_to_end():
     tokenizer = tokenizer_with(MINICPM)
     ids, turns = encode_row(Row("x:1", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}),
@@ -59,6 +89,8 @@ def test_engines_stop_there_and_exports_say_so(tmp_path):
     model, tokenizer = load_causal_lm(path, "float32"), load_tokenizer(path)
     assert read_eos_ids(path) == [1]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path / "base")  # no template, but the token: as base models have it
+    assert read_eos_ids(str(tmp_path / "base")) == list(end_token_ids(tokenizer)) == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     tokenizer.chat_template = CHATML
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     before = model.generation_config.eos_token_id

@@ -116,6 +116,9 @@ PUT_AROUND = {
     "as it is": "{}", "question": "Question: {}\nAnswer:",
     "instruction behind": "User: {}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n\nAssistant:",
     "chat": "<|im_start|>system\nBe right.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "same line": "{} Please reason step by step, and put your final answer within \\boxed{{}}.", "in front": "Solve the following problem. {}",
+    "gemma": "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "deepseek": "<\uff5cUser\uff5c>{}<\uff5cAssistant\uff5c>",
+    "vicuna": "A chat between a user and an assistant. USER: {} ASSISTANT:", "bold": "**Question:** {}",
     "headline": "### Instruction:\n{}\n\n### Response:", "few shots": "Question: What is one and one, all told?\nAnswer: 2\n\nQuestion: {}\nAnswer:",
 }  # fmt: skip
 
@@ -126,11 +129,13 @@ PUT_AROUND = {
 def test_prompts_of_offline_data_are_known_by_the_published_test_questions_in_them(name, column, twins, form):
     for split in ("train", "test"):
         prompts = [PUT_AROUND[form].format(row.values[column]) for row in read_rows(DATA / name / f"{split}.jsonl")]
-        found = sum(map(asks_a_test_question, prompts))
-        if form == "few shots" and name == "math" and split == "test":
-            assert found > 0.6 * len(prompts)  # of a question of several lines below others it cannot tell where it begins
+        found, all_of_them = sum(map(asks_a_test_question, prompts)), len(prompts) - twins
+        if split == "train":
+            assert found == 0
+        elif form == "few shots" and name == "math":  # of a question of several lines below others it cannot tell where it begins
+            assert found > 0.6 * all_of_them
         else:
-            assert found == (0 if split == "train" else len(prompts) - twins)
+            assert 0.99 * all_of_them < found <= all_of_them
 
 
 @needs_data
