@@ -12,7 +12,7 @@ import numpy as np
 
 from openrl_reason.core.trajectory import StopReason, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box, says_nothing
+from openrl_reason.data.offline_formats import BOXED_INSTRUCTION, BadRow, Example, asks_for_box
 from openrl_reason.data.offline_steps import StepMap
 from openrl_reason.data.templates import Message, resolve_template, template_turns
 from openrl_reason.data.token_text import ANCHOR_CHARACTERS, marks_beginnings
@@ -114,7 +114,8 @@ class Encoder:
     def says_nothing(self, what: Trajectory | Example) -> bool:
         """Whether the policy's part has no text: nothing but blanks and the token that ends it."""
         if isinstance(what, Example):
-            return says_nothing(what) or what.response.strip() in self._ends
+            replies = [message["content"] for message in what.messages[what.first_turn :] if message["role"] == "assistant"]
+            return all(text.strip() in ("", *self._ends) for text in replies or [what.response])
         trajectory = what
         said = trajectory.token_ids[trajectory.action_mask]
         said = said[~np.isin(said, self._end_ids)]

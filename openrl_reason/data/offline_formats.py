@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from openrl_reason.core.trajectory import SCHEMA_VERSION, Trajectory
 from openrl_reason.data.offline_config import OfflineDataConfig
-from openrl_reason.data.pairs import PairsConfig, has_reward, is_empty, pair_texts
+from openrl_reason.data.pairs import PairsConfig, has_reward, pair_texts
 from openrl_reason.data.readers import Row
 from openrl_reason.data.templates import Message
 from openrl_reason.errors import DataError, did_you_mean
@@ -344,8 +344,3 @@ def asks_for_box(example: Example) -> bool:
 def prompts_of(example: Example) -> list[str]:
     """What the policy was asked: the text before its response, or each message of the others."""
     return [message["content"] for message in example.messages if message["role"] != "assistant"] or [example.prompt]
-
-
-def says_nothing(example: Example) -> bool:
-    """Whether the policy's part has no text at all."""
-    return is_empty(list(example.messages[example.first_turn :]) if example.messages else example.response)

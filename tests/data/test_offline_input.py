@@ -113,8 +113,9 @@ def test_a_text_that_ends_already_gets_no_second_end(end, tokenizer):
         assert tokenizer.decode(trajectory.response_ids) == "ab<|im_end|>"
         ids, turns = encode_row(Row("x:1", {"messages": chat}), SFTDataConfig(path="x"), tokenizer)
         assert ids == trajectory.token_ids.tolist()
-    kept, encoder = encode({"prompt": "Q", "response": f"{end}\n", "reward": 1}, tokenizer)
-    assert not kept and encoder.counts["empty"] == 1
+    for row in ({"prompt": "Q", "response": f"{end}\n", "reward": 1}, {"messages": [user("Q"), assistant(f" {end}")], "reward": 1}):
+        kept, encoder = encode(row, tokenizer)
+        assert not kept and encoder.counts["empty"] == 1
 
 
 def test_a_template_that_ends_turns_with_what_is_no_token_is_refused():
