@@ -170,6 +170,7 @@ class DPOTrainer(Trainer):
     def prepare(self) -> None:
         config = self.config
         self.model_path = local_path(config.policy.path)
+        self._reference_identity = weights_identity(local_path(config.reference_path) if config.reference_path else self.model_path)
         length, flag = (config.rollout.max_model_len, "rollout.max_model_len") if config.sample else (config.max_length, "max_length")
         self.tokenizer = checked_tokenizer(self.model_path, length, flag=flag, trust_remote_code=config.policy.trust_remote_code)
         if config.reference_path:
@@ -340,7 +341,7 @@ class DPOTrainer(Trainer):
             "batch_size": self.config.batch_size,
             "training pairs": self._pairs_identity,
             "reference_path": self.config.reference_path,
-            "reference": weights_identity(local_path(self.config.reference_path or self.config.policy.path)),
+            "reference": self._reference_identity,
         }
         return own | {"loss.temperature": self.config.loss.temperature, "loss.mean_logprobs": self.config.loss.mean_logprobs}
 

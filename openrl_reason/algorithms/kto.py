@@ -219,6 +219,7 @@ class KTOTrainer(Trainer):
     def prepare(self) -> None:
         config = self.config
         self.model_path = local_path(config.policy.path)
+        self._reference_identity = weights_identity(local_path(config.reference_path) if config.reference_path else self.model_path)
         trust = config.policy.trust_remote_code
         tokenizer = checked_tokenizer(self.model_path, config.data.max_length, flag="data.max_length", trust_remote_code=trust)
         if config.reference_path:
@@ -321,7 +322,7 @@ class KTOTrainer(Trainer):
             "loss.z0": self.config.loss.z0,
             "label_threshold": self.config.label_threshold,
             "reference_path": self.config.reference_path,
-            "reference": weights_identity(local_path(self.config.reference_path or self.config.policy.path)),
+            "reference": self._reference_identity,
         }
 
     def export(self, folder: Path) -> None:

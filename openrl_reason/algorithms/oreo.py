@@ -81,6 +81,7 @@ class OREOTrainer(Trainer):
         direction = "forward" if kl.kind == "forward" else "reverse"
         exact = algo.exact_kl and not algo.critic_only  # the critic alone needs no distributions
         self.reference = OfflineReference(config.reference, config.policy, exact=exact, direction=direction)
+        self._reference_identity = weights_identity(self.reference.path)  # at the start: what lies there may be gone when a checkpoint is written
         # Dropout in an update would make its log-probs and values others than those that the other model is to learn from.
         self._needs_own_forward = bool(algo.ema_decay) or config.policy.lora.dropout > 0 or config.critic.lora.dropout > 0
 
@@ -287,7 +288,7 @@ class OREOTrainer(Trainer):
     def order(self) -> dict[str, Any]:
         config = self.config
         return {"run.seed": self.run.seed, "batch_size": config.batch_size, "training responses": self.loader.identity,
-                "reference.path": config.reference.path, "reference": weights_identity(self.reference.path)}  # fmt: skip
+                "reference.path": config.reference.path, "reference": self._reference_identity}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"kl": self.kl.state_dict(), "frozen_steps": self._frozen_steps}

@@ -296,15 +296,19 @@ def read_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, max_l
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token, so no response could ever end; set eos_token in its tokenizer_config.json")
     data = PairData(counts=Counter(rows=0))
-    for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split)):
-        data.counts["rows"] += 1
+
+    def bad(error: DataError) -> None:
+        if config.bad_rows == "error":
+            raise DataError(f"{error} (--pairs.bad_rows skip leaves such rows out, counted)") from error
+        data.counts.update(rows=1, bad=1)
+
+    for index, row in enumerate(iter_rows(config.path, (config.chosen_key, config.rejected_key), split=config.split, on_bad=bad)):
         try:
             sides = _sides(row, config, tokenizer)
         except DataError as error:
-            if config.bad_rows == "error":
-                raise DataError(f"{error} (--pairs.bad_rows skip leaves such rows out, counted)") from error
-            data.counts["bad"] += 1
+            bad(error)
             continue
+        data.counts["rows"] += 1
         if sides is None:
             data.counts["empty"] += 1
             continue

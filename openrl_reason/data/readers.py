@@ -59,14 +59,18 @@ def iter_rows(
     ``org/name[:config]``.
 
     ``columns`` must be present in every row; ``split`` applies to the hub and to saved folders. A .json file may hold a list of objects
-    or one object a line. ``on_bad`` takes the errors of single lines and list entries, which are otherwise raised. Raises DataError for a
+    or one object a line. ``on_bad`` takes the errors of single rows, which are otherwise raised. Raises DataError for a
     missing or malformed file or column, with the line and the nearest existing name."""
     for row in _rows(str(path), split, part, on_bad):
         missing = [column for column in columns if column not in row.values]
         if missing:
             names = list(row.values)
             hint = did_you_mean(missing[0], names)
-            raise DataError(f"{row.where}: no column {missing[0]!r}{hint}; there are: {', '.join(map(str, names)) or 'none'}")
+            error = DataError(f"{row.where}: no column {missing[0]!r}{hint}; there are: {', '.join(map(str, names)) or 'none'}")
+            if on_bad is None:
+                raise error
+            on_bad(error)
+            continue
         yield row
 
 

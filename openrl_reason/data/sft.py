@@ -6,6 +6,7 @@ and the token that ends it. Of a conversation every assistant turn is a reply, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from openrl_reason.config import require
 from openrl_reason.core.seeds import content_id
 from openrl_reason.core.trajectory import StopReason, Trajectory
-from openrl_reason.data.readers import Row, read_rows
+from openrl_reason.data.readers import Row, iter_rows
 from openrl_reason.data.templates import incremental_turns, refuse_what_is_lost
 from openrl_reason.data.token_text import ANCHOR_CHARACTERS, continued_ids
 from openrl_reason.errors import ConfigError, DataError, did_you_mean
@@ -102,18 +103,23 @@ def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerB
     template where one is needed."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token, so no reply could ever end; set eos_token in its tokenizer_config.json")
-    rows = read_rows(config.path, split=config.split, limit=config.num_rows)
     kept: list[Trajectory] = []
     num_overlong = num_truncated = num_bad = 0
+
+    def bad(error: DataError) -> None:
+        nonlocal num_bad
+        if config.bad_rows == "error":
+            raise DataError(f"{error} (--data.bad_rows skip leaves such rows out, counted)") from error
+        num_bad += 1
+
+    rows = itertools.islice(iter_rows(config.path, split=config.split, on_bad=bad), config.num_rows or None)
     for index, row in enumerate(rows):
         try:
             token_ids, turns = encode_row(row, config, tokenizer)
             if not config.allow_test_data and any(map(asks_a_test_question, _prompts(row, config))):
                 raise DataError(f"{row.where}: {TEST_QUESTION}. --data.allow_test_data true if this is meant")
         except DataError as error:
-            if config.bad_rows == "error":
-                raise DataError(f"{error} (--data.bad_rows skip leaves such rows out, counted)") from error
-            num_bad += 1
+            bad(error)
             continue
         if len(token_ids) > config.max_length:
             token_ids, turns = token_ids[: config.max_length], turns[: config.max_length]
@@ -123,8 +129,10 @@ def load_sft_trajectories(config: SFTDataConfig, tokenizer: PreTrainedTokenizerB
             num_truncated += 1
         kept.append(_trajectory(index, row, token_ids, turns))
     if not kept:
-        bad = f" ({num_bad} of them cannot be used)" if num_bad else ""
-        raise DataError(f"{config.path}: all {len(rows)} rows are longer than max_length={config.max_length}{bad}")
+        if not (num_overlong or num_bad):
+            raise DataError(f"{config.path} has no rows")
+        others = f" ({num_bad} others cannot be used)" if num_bad else ""
+        raise DataError(f"{config.path}: all {num_overlong} rows are longer than max_length={config.max_length}{others}")
     return SFTData(kept, num_overlong, num_truncated, num_bad)
 
 

@@ -203,12 +203,20 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted_where_that_is_asked_fo
         load_sft_trajectories(SFTDataConfig(path=file), plain)
     data = load_sft_trajectories(SFTDataConfig(path=file, bad_rows="skip"), plain)
     assert len(data.trajectories) == 1 and data.num_bad == 1
+    file = write_lines(tmp_path / "torn.jsonl", ['{"prompt": "q", "comp', {"question": "q"}, {"prompt": "q", "completion": "a"}])
+    data = load_sft_trajectories(SFTDataConfig(path=file, bad_rows="skip"), plain)
+    assert len(data.trajectories) == 1 and data.num_bad == 2, "a line that does not read, and one without the columns"
+    with pytest.raises(DataError, match=r"torn.jsonl:1: malformed JSON.*--data.bad_rows skip"):
+        load_sft_trajectories(SFTDataConfig(path=file), plain)
     rows = [{"prompt": "q", "chosen": chosen, "rejected": "c"} for chosen in ("a</s>b", "a")]
     file = write_lines(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(DataError, match=r"pairs.jsonl:1: .*\(--pairs.bad_rows skip leaves such rows out, counted\)"):
         read_pairs(PairsConfig(path=file), plain)
     pairs = read_pairs(PairsConfig(path=file, bad_rows="skip"), plain)
     assert len(pairs.pairs) == 1 and pairs.counts["bad"] == 1 and pairs.counts["rows"] == 2
+    file = write_lines(tmp_path / "torn.jsonl", ['{"prompt": "q", "ch', {"prompt": "q", "chosen": "a"}, *rows])
+    pairs = read_pairs(PairsConfig(path=file, bad_rows="skip"), plain)
+    assert len(pairs.pairs) == 1 and pairs.counts["bad"] == 3 and pairs.counts["rows"] == 4
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------------------------

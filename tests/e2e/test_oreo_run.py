@@ -50,6 +50,7 @@ def test_oreo_resumed_after_kill_9_equals_the_straight_run_bit_by_bit(words, str
     assert trained[0]["train/kl"] == pytest.approx(0, abs=1e-5) and trained[0]["offline/value_max"] == 0
     assert trained[-1]["critic/value_loss"] < trained[0]["critic/value_loss"] and trained[-1]["train/lr"] == 0
     assert (straight / "report.html").is_file()
+    assert json.loads((straight / "critic" / "values.json").read_text()) == {"algorithm": "oreo", "level": "step"}
 
 
 @pytest.mark.slow

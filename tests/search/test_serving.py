@@ -1,5 +1,7 @@
 """The value model behind its queue, a real critic at the last token, and best-of-K in a text game."""
 
+import json
+import shutil
 import threading
 
 import numpy as np
@@ -106,6 +108,23 @@ def test_folders_that_are_no_critic_of_this_policy_are_refused(critic_path, tmp_
         LocalCritic(str(critic_path.parent / "lm"))
     with pytest.raises(DataError, match="--critic .*vocabularies differ"):
         check_scalar_folder(str(critic_path), make_tokenizer(), 64, flag="critic")
+
+
+@pytest.mark.parametrize("level, warned", [("step", True), ("token", False), (None, False)])
+def test_a_critic_of_steps_is_said_not_to_know_the_ends_of_responses(level, warned, critic_path, tmp_path, capsys):
+    from openrl_reason.models.loading import load_tokenizer
+    from openrl_reason.search.command import _check_critic
+    from openrl_reason.search.config import SearchConfig
+    from openrl_reason.workers.rollout_config import RolloutConfig
+
+    folder = tmp_path / "critic"
+    shutil.copytree(critic_path, folder)
+    if level:
+        (folder / "values.json").write_text(json.dumps({"algorithm": "oreo", "level": level}))
+    sampling = SamplingConfig(temperature=0.8, max_new_tokens=16)
+    config = SearchConfig(policy="p", critic=str(folder), sampling=sampling, rollout=RolloutConfig(max_model_len=64))
+    _check_critic(config, load_tokenizer(str(folder)))
+    assert ("was trained at the level of steps" in capsys.readouterr().out) is warned
 
 
 class Doors:
